@@ -1,0 +1,141 @@
+"""GRPO as the NTHR paper states it (arXiv 2505.18830, §2, Eq. 1), its baselines (§3, §5.3) and Eq. 2.
+
+In the order of the code:
+    §2     Â_{i,k} = (r_i − μ)/σ                      group_advantages: μ, σ mean and *population* std of the group
+    §3     Pos Only: Â < 0 becomes 0                  pos_only
+    §5.3   GRPO + Random                              random_selection
+           γ_{i,k} = π_θ/π_old needs ln π(y_{i,k})    response_logprobs
+    Eq. 1  J = E_x[1/Σ_i|y_i| Σ_i Σ_k min(γÂ, clip(γ, 1−ε, 1+ε)Â)]        grpo_loss (negated, plus KL and NLL)
+    Eq. 2  Δ(x) = 1/N⁺ Σ_i [ln π_θ'(y⁺_i|x) − ln π_θ(y⁺_i|x)]            likelihood_change
+
+Choices where the paper is silent: the KL penalty is the k3 estimator of GRPO (DeepSeekMath), and KL and NLL use the
+normaliser of Eq. 1, so that every term is a mean over the tokens of a question, then over questions.
+"""
+import torch
+from torch.utils.checkpoint import checkpoint
+
+# Shapes: Q questions, G responses each, B = Q·G, P prompt tokens, T response tokens, V vocabulary, d hidden size
+LOGITS_AT_ONCE = 2 ** 26                # float32 logits that exist at one time: 256 MiB, whatever V is
+
+
+def group_advantages(rewards):
+    """Â of §2: (Q, G) rewards -> (Q, G) float advantages, (r − μ)/σ with the population standard deviation.
+
+    A group whose rewards are equal up to rounding gets exactly 0 (no ε in the denominator that would turn rounding
+    into ±0.1). Any finite rewards, any scale. Raises ValueError otherwise."""
+    if rewards.dim() != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"rewards must be (Q, G) with G >= 2 responses per question, got {tuple(rewards.shape)}")
+    if not rewards.isfinite().all():
+        raise ValueError("rewards must be finite, got NaN or infinity")
+    dtype = rewards.dtype if rewards.is_floating_point() else torch.float32
+    r = rewards.double()
+    scale = r.abs().amax(1, keepdim=True)
+    r = r / scale.clamp(min=torch.finfo(torch.float64).tiny)                   # squares must not overflow
+    centered = r - r.mean(1, keepdim=True)
+    equal = (r.amax(1, keepdim=True) - r.amin(1, keepdim=True)) <= 4 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    sigma = centered.square().mean(1, keepdim=True).sqrt()
+    return torch.where(equal, 0.0, centered / sigma.masked_fill(equal, 1.0)).to(dtype)
+
+
+def pos_only(advantages):
+    """§3 Pos Only: negative advantages become 0. Same shape."""
+    return advantages.clamp(min=0)
+
+
+def random_selection(selected, mask, correct, generator):
+    """§5.3 GRPO + Random: in each response as many random tokens as NTHR selected there.
+
+    selected (B, T) bool from `nthr_advantages`, mask (B, T) bool, correct (B,) bool. Returns (B, T) bool, uniform
+    over the valid tokens of the incorrect responses."""
+    candidates = mask & ~correct[:, None]
+    keys = torch.rand(mask.shape, generator=generator, device=generator.device).to(mask.device)
+    rank = keys.masked_fill(~candidates, 2.0).argsort(dim=1).argsort(dim=1)    # 0 = smallest key of the row
+    return (rank < selected.sum(1, keepdim=True)) & candidates
+
+
+def _token_logprobs(hidden, tokens, lm_head, temperature):
+    """(n, d) hidden states, (n,) tokens -> (n,) log softmax(lm_head(hidden) / temperature)[token]."""
+    logits = lm_head(hidden).float() / temperature                             # (n, V)
+    return logits.gather(1, tokens[:, None])[:, 0] - torch.logsumexp(logits, dim=1)
+
+
+def response_logprobs(model, ids, attention_mask, prompt_length, temperature=1.0, return_hidden=False):
+    """ln π(y_{i,k} | x, y_{i,<k}) of the response tokens under the distribution that they were sampled from.
+
+    ids, attention_mask (B, P+T): prompts left-padded to P = prompt_length, responses right-padded. model: a Hugging
+    Face causal LM. Returns float32 (B, T), 0 on padding; with return_hidden also the states (B, T, d) that predict
+    those tokens, i.e. the input of lm_head.
+
+    The base model runs once. The lm_head is applied to a few tokens at a time and again in the backward pass, so a
+    (B, T, V) tensor never exists."""
+    attention_mask = attention_mask.long()
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)                 # left padding takes no position
+    states = model.base_model(input_ids=ids, attention_mask=attention_mask, position_ids=position_ids,
+                              use_cache=False).last_hidden_state
+    states = states[:, prompt_length - 1:-1]                                   # (B, T, d): state k predicts token k
+    valid = attention_mask[:, prompt_length:].bool()                           # (B, T)
+    lm_head = model.get_output_embeddings()
+    chunk = max(1, LOGITS_AT_ONCE // lm_head.weight.shape[0])
+    logprobs = [checkpoint(_token_logprobs, h, y, lm_head, temperature, use_reentrant=False, preserve_rng_state=False)
+                for h, y in zip(states[valid].split(chunk), ids[:, prompt_length:][valid].split(chunk))]
+    logprobs = torch.zeros(valid.shape, device=ids.device).masked_scatter(valid, torch.cat(logprobs))
+    return (logprobs, states) if return_hidden else logprobs
+
+
+def token_weights(mask, group_size):
+    """The normaliser of Eq. 1 as a weight per response: 1 / (Q · Σ_i |y_i|), the sum over its own group. (B,) float32.
+
+    mask (B, T) with the G responses of a question in consecutive rows. ValueError if B is no multiple of G."""
+    if len(mask) % group_size:
+        raise ValueError(f"{len(mask)} rows are not whole groups of {group_size}: pass all responses of each question")
+    tokens = mask.view(-1, group_size * mask.shape[1]).sum(1)                  # (Q,) Σ_i |y_i|
+    return (1 / (len(tokens) * tokens.clamp(min=1).float())).repeat_interleave(group_size)
+
+
+def grpo_loss(logprobs, old_logprobs, advantages, mask, group_size, clip_eps=0.2, ref_logprobs=None, kl_coef=0.0,
+              nll_coef=0.0, correct=None, weights=None):
+    """−J of Eq. 1 + kl_coef · KL(π_θ‖π_ref) + nll_coef · NLL of the correct responses (App. 7.8).
+
+    logprobs (with gradient), old_logprobs, advantages, ref_logprobs: (B, T); mask (B, T) bool; correct (B,) bool.
+    weights (B,): `token_weights` of the whole batch, when the rows are only a part of it (any rows, in any order):
+        the losses and gradients of the parts then add up to those of the whole. Default: the rows are the batch.
+    Returns (loss, metrics). metrics holds detached () tensors that add up over the parts in the same way, each a mean
+    over tokens, then over questions: "loss", "clip_share" (tokens whose gradient the clip stops), "kl" if
+    ref_logprobs is given and "nll" if correct is given. Raises ValueError on wrong shapes or a missing argument."""
+    for name, value in (("old_logprobs", old_logprobs), ("advantages", advantages), ("mask", mask),
+                        ("ref_logprobs", ref_logprobs)):
+        if value is not None and value.shape != logprobs.shape:
+            raise ValueError(f"{name} must be (B, T) = {tuple(logprobs.shape)} like logprobs, got {tuple(value.shape)}")
+    if (kl_coef and ref_logprobs is None) or (nll_coef and correct is None):
+        raise ValueError("kl_coef > 0 needs ref_logprobs and nll_coef > 0 needs correct")
+    mask = mask.bool()
+    weights = token_weights(mask, group_size) if weights is None else weights
+
+    def mean(per_token):                                                       # (B, T) -> (), Eq. 1's normaliser
+        return (per_token.masked_fill(~mask, 0.0).sum(1) * weights).sum()
+
+    ratio = torch.exp((logprobs - old_logprobs).masked_fill(~mask, 0.0))       # γ
+    objective = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages)
+    loss = -mean(objective)                                                    # Eq. 1
+    clipped = torch.where(advantages > 0, ratio > 1 + clip_eps, ratio < 1 - clip_eps) & (advantages != 0)
+    metrics = {"clip_share": mean(clipped.float())}
+    if ref_logprobs is not None:
+        log_ratio = (ref_logprobs - logprobs).masked_fill(~mask, 0.0)
+        metrics["kl"] = mean(torch.expm1(log_ratio) - log_ratio)               # k3: r − 1 − ln r, r = π_ref/π_θ
+        loss = loss + kl_coef * metrics["kl"]
+    if correct is not None:
+        metrics["nll"] = mean(-logprobs * correct.bool()[:, None])
+        loss = loss + nll_coef * metrics["nll"]
+    metrics["loss"] = loss
+    return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def likelihood_change(new_logprobs, old_logprobs, mask, correct):
+    """Eq. 2 for the responses of one question: the mean over correct responses of ln π_θ'(y|x) − ln π_θ(y|x), () nats.
+
+    new_logprobs, old_logprobs, mask (G, T), correct (G,) bool. Raises ValueError if no response is correct."""
+    correct = correct.bool()
+    if not correct.any():
+        raise ValueError("likelihood_change needs at least one correct response (Eq. 2 averages over them)")
+    change = (new_logprobs - old_logprobs).masked_fill(~mask.bool(), 0.0)      # (G, T)
+    return change.sum(1)[correct].mean()

@@ -1,0 +1,232 @@
+"""NTHR, Negative Token Hidden Reward (Deng et al. 2025, arXiv 2505.18830), in one file that needs only torch.
+
+GRPO pushes every token of a wrong answer down equally hard. Many of those tokens are correct steps that the right
+answers share, so the push drags the right answers down too (Lazy Likelihood Displacement). NTHR scores each token of
+a wrong answer by how strongly it is tied to the right answers of its group and weakens the penalty of high scorers.
+
+In the order of the code, for one group of G responses (a, b: tokens; h_a: the hidden state that predicts a;
+W: the lm_head weight; π(·|a) = softmax(W h_a); e_v: one-hot):
+    App. 7.2  α_{a,b} = ⟨e_{y_a} − π(·|a), e_{y_b} − π(·|b)⟩                     prediction-error similarity
+    Eq. 7     s_b = Σ_{a in correct responses} α_{a,b} ⟨h_a, h_b⟩                s⁻ on wrong tokens, s⁺ on correct ones
+    App. 7.4  M⁺ = Σ_a (e_{y_a} − π(·|a)) h_aᵀ,  s_b = (e_{y_b} − π(·|b))ᵀ M⁺ h_b          the same in linear time
+    §5        s̄⁺_{i'} = mean of s⁺ over response i',  τ = β · min_{i'} s̄⁺_{i'}            threshold
+    Eq. 8     V⁻ = {wrong tokens with s⁻ > τ};  Algorithm 1: Â ← η Â on V⁻               selection
+    Eq. 5     GWHES = p⁻ Σ s⁻ − p⁺ Σ s⁺                                          how lazy a question will be
+M⁺ is exactly ∂/∂W of Σ_i ln π(y⁺_i|x), and s_b is the derivative of ln π_{W+εM⁺}(y_b|h_b) in ε at 0: how much one
+gradient step that raises the correct responses would also raise this token.
+
+Departures from the paper, each with its reason:
+  1. With `logprobs`, ln Σ_v exp(w_vᵀ h) is taken as (logit − log-probability) of the sampled token instead of being
+     summed again over the vocabulary: the same number, and no |V|-sized work is left.
+  2. A sampling temperature enters π = softmax(W h / temperature). The factor 1/temperature² of the derivative is
+     left out: it scales s and τ alike and never changes the selection.
+  3. An empty response has no mean, so it does not enter τ; without any correct token τ = +∞ selects nothing.
+  4. Groups with p = 0 or 1 come back unchanged (scores 0, τ = +∞, η = 1): there is nothing to compare.
+App. 7.4's V*_x (vocabulary="responses") is the default as in the paper's runs; "all" is Eq. 7 without approximation.
+"""
+import math
+from typing import NamedTuple
+
+import torch
+
+# Shapes: G responses of one question, T response tokens, V vocabulary, d hidden size,
+#         N valid tokens of the group (no padding), U vocabulary columns in use (V or |V*_x|)
+
+
+class NTHR(NamedTuple):
+    """What `nthr_advantages` returns."""
+    advantages: torch.Tensor   # (G, T) Â with the selected tokens multiplied by η (Algorithm 1)
+    selected: torch.Tensor     # (G, T) bool, V⁻ of Eq. 8
+    scores: torch.Tensor       # (G, T) float32, s⁻ on wrong responses, s⁺ on correct ones, 0 on padding
+    tau: torch.Tensor          # () float32, the threshold τ
+    eta: float                 # the factor η of this group
+
+
+def _binary(name, values):
+    if values.dtype != torch.bool and not ((values == 0) | (values == 1)).all():
+        raise ValueError(f"{name} must be bool or hold only 0 and 1, got {values[(values != 0) & (values != 1)][0]}")
+    return values.bool()
+
+
+def _check_group(hidden, tokens, mask, correct, lm_head):
+    """mask and correct as bool, after a ValueError that names the first argument found wrong."""
+    if hidden.dim() != 3 or lm_head.dim() != 2 or hidden.shape[-1] != lm_head.shape[1]:
+        raise ValueError(f"hidden must be (G, T, d) and lm_head (V, d) with the same d, got "
+                         f"{tuple(hidden.shape)} and {tuple(lm_head.shape)}")
+    G, T, _ = hidden.shape
+    for name, value, expected in (("tokens", tokens, (G, T)), ("mask", mask, (G, T)), ("correct", correct, (G,))):
+        if value.shape != expected:
+            raise ValueError(f"{name} must have shape {expected} to match hidden, got {tuple(value.shape)}")
+    mask, correct = _binary("mask", mask), _binary("correct", correct)
+    y = tokens[mask]
+    if y.numel() and not 0 <= y.min() <= y.max() < len(lm_head):
+        raise ValueError(f"tokens must be rows of lm_head, 0..{len(lm_head) - 1}, got {y.min()}..{y.max()}")
+    if not hidden[mask].isfinite().all():
+        raise ValueError("hidden holds NaN or infinite values on valid tokens: check the forward pass that made it")
+    return mask, correct
+
+
+def _wide(x):
+    """At least float32, whatever the input: half-precision sums over thousands of tokens are noise."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@torch.no_grad()
+def nthr_scores_pairwise(hidden, tokens, mask, correct, lm_head):
+    """Eq. 7 as printed, pair by pair: the executable definition, O(N² (V + d)), for reading and testing only.
+
+    Arguments and result as `nthr_scores` with vocabulary="all"; float64 input is scored and returned in float64."""
+    mask, correct = _check_group(hidden, tokens, mask, correct, lm_head)
+    with torch.autocast(hidden.device.type, enabled=False):
+        h, W = _wide(hidden), _wide(lm_head)                                   # (G, T, d), (V, d)
+        errors = {}                                                            # (i, k) -> e_y − π(·|x, y_<k), (V,)
+        for i, k in mask.nonzero().tolist():
+            errors[i, k] = -torch.softmax(W @ h[i, k], dim=-1)
+            errors[i, k][tokens[i, k]] += 1
+        scores = torch.zeros(mask.shape, dtype=h.dtype, device=h.device)       # (G, T)
+        for j, k_prime in errors:                                              # the token that is scored
+            for i, k in errors:
+                if correct[i]:                                                 # every token k of every y⁺_i
+                    alpha = errors[i, k] @ errors[j, k_prime]
+                    scores[j, k_prime] += alpha * (h[i, k] @ h[j, k_prime])
+    return scores
+
+
+@torch.no_grad()
+def nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs=None, vocabulary="responses", temperature=1.0,
+                chunk_size=512):
+    """Eq. 7 by M⁺ (App. 7.4), `chunk_size` tokens at a time: never T⁺ × T⁻ and never T × V at once.
+
+    hidden (G, T, d): last-layer states that predict `tokens` (G, T), i.e. the input of lm_head (V, d).
+    mask (G, T) bool: valid response tokens. correct (G,) bool.
+    vocabulary: "all", or "responses" = V*_x, the tokens that occur in the group (columns dropped, not renormalised).
+    logprobs (G, T): the old policy's log π(tokens) at this temperature. "responses" then costs O(T |V*_x| d);
+        without it the softmax normaliser costs one pass over V. "all" has every logit anyway and ignores it.
+    Returns (G, T) float32: s⁻ on incorrect rows, s⁺ on correct rows, 0 on padding; accumulated in float32 or wider.
+    Raises ValueError on wrong shapes, ids, non-finite hidden states, or logprobs that lm_head cannot have produced."""
+    mask, correct = _check_group(hidden, tokens, mask, correct, lm_head)
+    if vocabulary not in ("all", "responses") or not temperature > 0 or chunk_size < 1:
+        raise ValueError(f'vocabulary must be "all" or "responses", temperature > 0 and chunk_size >= 1, got '
+                         f"{vocabulary!r}, {temperature} and {chunk_size}")
+    if logprobs is not None and not (logprobs.shape == mask.shape and logprobs[mask].isfinite().all()):
+        raise ValueError(f"logprobs must be finite on valid tokens and have shape {tuple(mask.shape)}, got shape "
+                         f"{tuple(logprobs.shape)}")
+    scores = torch.zeros(mask.shape, device=hidden.device)                     # (G, T) float32
+    h, y = hidden[mask], tokens[mask].long()                                   # (N, d), (N,)
+    chunks = torch.arange(len(y), device=y.device).split(chunk_size)
+    positive = correct[:, None].expand_as(mask)[mask].nonzero()[:, 0]          # which of the N tokens are in a y⁺_i
+    with torch.autocast(hidden.device.type, enabled=False):
+        W = _wide(lm_head) if vocabulary == "all" or logprobs is None else None
+        if vocabulary == "responses":
+            if logprobs is None:
+                log_pi = torch.cat([torch.log_softmax(_wide(h[c]) @ W.T / temperature, -1).gather(1, y[c, None])[:, 0]
+                                    for c in chunks])                          # (N,)
+            else:
+                log_pi = logprobs[mask]
+            columns, y = torch.unique(y, return_inverse=True)                  # V*_x (U,), y as indices into it
+            W = _wide(lm_head[columns])                                        # (U, d)
+
+        def prediction_error(c):                                               # e_y − π(·) of tokens c, (chunk, U)
+            row = torch.arange(len(c), device=c.device)
+            logits = _wide(h[c]) @ W.T / temperature
+            log_z = torch.logsumexp(logits, -1) if vocabulary == "all" else logits[row, y[c]] - log_pi[c]
+            pi = torch.exp(logits - log_z[:, None])
+            if pi.sum(-1).mean() > 1.2:                                        # V*_x ⊂ V: at most 1 up to rounding
+                raise ValueError("logprobs are not log softmax(lm_head · hidden / temperature) of these tokens (another "
+                                 "temperature, soft-capped logits, a head bias?): pass matching ones or None")
+            pi[row, y[c]] -= 1
+            return pi.neg_()
+
+        M = torch.zeros_like(W)                                                # M⁺ (U, d)
+        for c in positive.split(chunk_size):
+            M += prediction_error(c).T @ _wide(h[c])
+        s = [((prediction_error(c) @ M) * _wide(h[c])).sum(-1) for c in chunks]    # (e_y − π)ᵀ M⁺ h
+        scores[mask] = torch.cat(s).float()
+    return scores
+
+
+def nthr_threshold(scores, mask, correct, beta=1.0):
+    """τ = β · min over correct responses of s̄⁺, the mean of s⁺ over the response's tokens (§5). Returns a () tensor.
+
+    β = −∞ gives τ = −∞: every negative token is selected (Table 4). Without any correct token τ = +∞."""
+    if math.isnan(beta) or beta == math.inf:
+        raise ValueError(f"beta must be a real number or -inf, got {beta}")
+    lengths = mask.sum(-1)                                                     # (G,)
+    rows = correct.bool() & (lengths > 0)
+    if not rows.any():
+        return scores.new_tensor(math.inf)
+    if beta == -math.inf:                                                      # −∞ · 0 would be NaN
+        return scores.new_tensor(-math.inf)
+    return beta * ((scores * mask).sum(-1)[rows] / lengths[rows]).min()
+
+
+def nthr_eta(success_rate, rule="2|0.5-p|"):
+    """η from a group's success rate p (Table 5): "2|0.5-p|", "p", "1-p", or a number in [0, 1] (or its string)."""
+    if not 0 <= success_rate <= 1:
+        raise ValueError(f"success_rate must be in [0, 1], got {success_rate}")
+    rules = {"2|0.5-p|": 2 * abs(0.5 - success_rate), "p": success_rate, "1-p": 1 - success_rate}
+    try:
+        eta = float(rules.get(rule, rule))
+    except (TypeError, ValueError):
+        eta = math.nan
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be one of {', '.join(rules)} or a number in [0, 1], got {rule!r}")
+    return eta
+
+
+def nthr_advantages(advantages, hidden, tokens, mask, correct, lm_head, *, logprobs=None, beta=1.0, eta="2|0.5-p|",
+                    vocabulary="responses", temperature=1.0):
+    """Algorithm 1 for one group: advantages (G, T) with those of the selected negative tokens multiplied by η.
+
+    The other arguments are those of `nthr_scores`, `nthr_threshold` (beta) and `nthr_eta` (eta). Returns an `NTHR`;
+    nothing is modified in place. Groups with p = 0 or 1 come back unchanged. ValueError as in those functions."""
+    if advantages.shape != tokens.shape:
+        raise ValueError(f"advantages must have shape {tuple(tokens.shape)} like tokens, got {tuple(advantages.shape)}")
+    p = _binary("correct", correct).double().mean().item()                     # success rate N⁺/G
+    factor = nthr_eta(p, eta)
+    if p in (0, 1):
+        mask, _ = _check_group(hidden, tokens, mask, correct, lm_head)
+        scores = torch.zeros(mask.shape, device=mask.device)
+        return NTHR(advantages, torch.zeros_like(mask), scores, scores.new_tensor(math.inf), 1.0)
+    scores = nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs, vocabulary, temperature)
+    tau = nthr_threshold(scores, mask, correct, beta)
+    selected = mask.bool() & ~correct.bool()[:, None] & (scores > tau)         # Eq. 8
+    return NTHR(torch.where(selected, advantages * factor, advantages), selected, scores, tau, factor)
+
+
+def gwhes(scores, mask, correct):
+    """Eq. 5 from one group's scores: p⁻ Σ s⁻ − p⁺ Σ s⁺ with p⁻ = p/√(p(1−p)), p⁺ = (1−p)/√(p(1−p)) (Lemma 4.2).
+
+    Higher = lazier. Returns a () tensor; 0 when p is 0 or 1, where every advantage is 0."""
+    correct = _binary("correct", correct)
+    p = correct.double().mean()
+    if p in (0, 1):
+        return scores.new_zeros(())
+    response = (scores.double() * mask).sum(-1)                                # (G,) Σ_k s of each response
+    contrast = p * response[~correct].sum() - (1 - p) * response[correct].sum()
+    return (contrast / (p * (1 - p)).sqrt()).to(scores.dtype)
+
+
+def _toy():
+    """Print a group of four answers to 3+4·2; a hidden state is the recency-weighted sum of its prefix's embeddings."""
+    words = "4·2 = 8 ; 3+8 11 12 3+4 7 7·2 14 <eos>".split()
+    answers = ["4·2 = 8 ; 3+8 = 11 <eos>"] * 2 + ["4·2 = 8 ; 3+8 = 12 <eos>", "3+4 = 7 ; 7·2 = 14 <eos>"]
+    W = torch.randn(len(words), 32, generator=torch.Generator().manual_seed(0)) / 32 ** 0.5
+    tokens = torch.tensor([[words.index(word) for word in answer.split()] for answer in answers])
+    hidden = W.sum(0).expand(*tokens.shape, 32) / 3                            # the question, before the first token
+    for k in range(1, tokens.shape[1]):
+        hidden = hidden.clone()
+        hidden[:, k] = 0.7 * hidden[:, k - 1] + W[tokens[:, k - 1]]
+    correct = torch.tensor([True, True, False, False])
+    advantages = torch.where(correct, 1.0, -1.0)[:, None].expand(tokens.shape)
+    result = nthr_advantages(advantages, hidden, tokens, torch.ones_like(tokens), correct, W, eta=0.0)
+    print(f"question: 3+4·2   correct: {answers[0]}   p = 0.5   tau = {result.tau:.2f}   eta = {result.eta:g}")
+    for answer, s, advantage, chosen in zip(answers[2:], result.scores[2:], result.advantages[2:], result.selected[2:]):
+        print(f"\nwrong answer: {answer}\n{'token':>8} {'score s':>9} {'advantage':>10}")
+        for k, word in enumerate(answer.split()):
+            mark = "  <- penalty reduced" if chosen[k] else ""
+            print(f"{word:>8} {s[k]:9.2f} {advantage[k] + 0.0:10.2f}{mark}")  # + 0.0: no "-0.00"
+
+
+if __name__ == "__main__":
+    _toy()

@@ -1,0 +1,531 @@
+"""Train a causal language model with GRPO + NTHR (Deng et al. 2025, arXiv 2505.18830) on one device.
+
+python train.py                                     # the embedded model: CPU, no download, minutes
+python train.py --method grpo                       # the same without NTHR: an A/B with one flag
+python train.py --model Qwen/Qwen2.5-0.5B           # App. 7.3's 0.5B settings on MATH levels 3-5, one GPU
+python train.py --model my/folder --data my.jsonl   # any Hugging Face causal LM, any {"problem", "answer"} file
+python train.py --resume runs/tiny-nthr-seed0       # continue a run that was stopped
+"""
+import argparse
+import json
+import math
+import shutil
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from grpo import (group_advantages, grpo_loss, likelihood_change, pos_only, random_selection, response_logprobs,
+                  token_weights)
+from nthr import nthr_advantages, nthr_eta
+from reward import extract_answer, math_reward
+from rollout import concatenate, encode_prompt, generate
+
+# Shapes: Q questions, G responses each, B = Q·G rows (the G of a question consecutive), K kept questions, T tokens
+TINY = Path(__file__).resolve().parent / "tiny"
+MATH_URL = ("https://raw.githubusercontent.com/rasbt/math_full_minus_math500/"
+            "1636438eae81f1a7179de613f1c4aa52782b3a18/math_full_minus_math500.json")
+DEFAULTS = {   # flag: (embedded model, real model = the paper's 0.5B settings, App. 7.3)
+    "data": (str(TINY / "train.jsonl"), "math"), "eval_data": (str(TINY / "test.jsonl"), None),
+    "eval_size": (500, 200), "steps": (150, 105), "batch_size": (32, 32), "minibatch_size": (32, 16),
+    "micro_batch_size": (256, 4), "lr": (1e-4, 5e-7), "max_new_tokens": (64, 2500), "kl_coef": (0.0, 1e-4),
+    "max_sequences": (1024, 128), "eval_every": (50, 20), "save_every": (25, 5), "delta_every": (1, 10),
+    "gradient_checkpointing": (False, True)}
+MAY_CHANGE_ON_RESUME = ("steps", "eval_every", "save_every", "device", "out", "resume")
+NOT_MEASURED = dict.fromkeys(("tau", "eta", "selected_share", "updates", "loss", "clip_share", "kl", "nll", "grad_norm",
+                              "delta_mean", "delta_nonpositive_share", "eval_accuracy"))
+
+
+def fail(message):
+    sys.exit(f"error: {message}")
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("model and data").add_argument
+    add("--model", default=str(TINY), help="Hugging Face id or local folder (default: the embedded model in tiny/)")
+    add("--data", help='JSON or JSONL file, or "math": MATH without MATH-500, levels 3-5 (default for a real model)')
+    add("--eval-data", help="file for greedy evaluation (default: tiny/test.jsonl, or problems held out of --data)")
+    add("--eval-size", type=int, help="problems per evaluation: the first ones of --eval-data")
+    add = parser.add_argument_group("method (Eq. 7, Eq. 8, Algorithm 1)").add_argument
+    add("--method", default="nthr", choices=["nthr", "grpo", "pos-only", "random"], help="nthr: Algorithm 1; grpo: "
+        "Eq. 1 alone; pos-only: no negative advantages (§3); random: as many random tokens as NTHR selects (§5.3)")
+    add("--beta", type=float, default=1.0, help="β of the threshold τ (§5); --beta=-inf selects every negative token")
+    add("--eta", default="2|0.5-p|", help='η of Algorithm 1: "2|0.5-p|", "p", "1-p" (Table 5) or a number in [0, 1]')
+    add("--nthr-vocab", default="responses", choices=["responses", "all"], help="V*_x (App. 7.4), or Eq. 7 exactly")
+    add = parser.add_argument_group("sampling (§2, App. 7.3)").add_argument
+    add("--group-size", type=int, default=8, help="G, responses per question")
+    add("--batch-size", type=int, help="questions per step")
+    add("--max-new-tokens", type=int, help="longest response, in tokens")
+    add("--temperature", type=float, default=1.0, help="π is softmax(logits / temperature) everywhere")
+    add("--sampling-rounds", type=int, default=1, help="draw more questions up to this often until --batch-size groups "
+        "have both right and wrong answers (dynamic sampling); groups without both are dropped in any case")
+    add("--max-sequences", type=int, help="responses sampled together: bounds the KV cache")
+    add = parser.add_argument_group("objective and update (Eq. 1, App. 7.3, App. 7.8)").add_argument
+    add("--minibatch-size", type=int, help="questions per AdamW update: batch-size / minibatch-size updates a step")
+    add("--micro-batch-size", type=int, help="responses per forward pass, a multiple or a divisor of G: bounds memory")
+    add("--lr", type=float, help="AdamW learning rate")
+    add("--steps", type=int, help="sampling steps")
+    add("--clip-eps", type=float, default=0.2, help="ε of Eq. 1")
+    add("--kl-coef", type=float, help="weight of the KL penalty to the initial model (loaded a second time if > 0)")
+    add("--nll-coef", type=float, default=0.0, help="weight of the NLL of correct responses (App. 7.8)")
+    add("--max-grad-norm", type=float, default=1.0, help="gradient norm is clipped to this")
+    add = parser.add_argument_group("running").add_argument
+    add("--out", help="output folder (default: runs/MODEL-METHOD-seedSEED)")
+    add("--resume", nargs="?", const=True, help="continue the run in this folder (or in --out) with its own flags")
+    add("--eval-every", type=int, help="steps between greedy evaluations (0: only first and last)")
+    add("--save-every", type=int, help="steps between checkpoints (0: only first and last)")
+    add("--delta-every", type=int, help="steps between measurements of Δ(x), Eq. 2: one more forward pass (0: never)")
+    add("--seed", type=int, default=0, help="of data order and sampling")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="compute type, weights are float32 "
+        "(auto: bfloat16 on a CUDA GPU)")
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="recompute activations: less memory")
+    return parser
+
+
+def parse_args(argv=None):
+    """Flags -> Namespace. Defaults depend on --model; --resume takes those that its run recorded in config.json."""
+    parser, recorded = build_parser(), {}
+    args = parser.parse_args(argv)
+    parser.set_defaults(**{name: pair[Path(args.model).resolve() != TINY] for name, pair in DEFAULTS.items()})
+    out = args.resume if isinstance(args.resume, str) else args.out
+    out = out or f"runs/{Path(args.model).name}-{args.method}-seed{args.seed}"
+    if args.resume:
+        if not find_checkpoint(out) or not (Path(out) / "config.json").is_file():
+            fail(f"--resume: {out} is no folder with a checkpoint: name the run's folder, or start without --resume")
+        recorded = json.loads((Path(out) / "config.json").read_text())
+        parser.set_defaults(**recorded)
+    args = parser.parse_args(argv)
+    args.out = out
+    for name in sorted(set(recorded) - set(MAY_CHANGE_ON_RESUME)):
+        if getattr(args, name) != recorded[name]:
+            fail(f"--resume continues with the run's own flags, but --{name.replace('_', '-')} {getattr(args, name)} "
+                 f"is not its {recorded[name]}: leave the flag out, or start a new run")
+    if not args.resume and (find_checkpoint(out) or (Path(out) / "metrics.jsonl").exists()):
+        fail(f"{args.out} already holds a run: continue it with --resume {args.out}, or choose another --out")
+    check(args)
+    return args
+
+
+def check(args):
+    """One line for flags that cannot work, before anything is loaded; settles device and dtype "auto"."""
+    for names, expected, valid in (
+            ("batch_size minibatch_size micro_batch_size steps max_new_tokens sampling_rounds max_sequences eval_size",
+             "at least 1", lambda value: value >= 1),
+            ("group_size", "at least 2, because advantages compare responses", lambda value: value >= 2),
+            ("kl_coef nll_coef eval_every save_every delta_every seed", "0 or more", lambda value: 0 <= value < math.inf),
+            ("lr temperature", "finite and above 0", lambda value: 0 < value < math.inf),
+            ("clip_eps max_grad_norm", "above 0", lambda value: value > 0),
+            ("beta", "a real number or -inf", lambda value: value < math.inf)):
+        for name in names.split():
+            if not valid(getattr(args, name)):
+                fail(f"--{name.replace('_', '-')} must be {expected}, got {getattr(args, name)}")
+    if args.batch_size % args.minibatch_size:
+        fail(f"--batch-size {args.batch_size} must be a multiple of --minibatch-size {args.minibatch_size}")
+    if args.micro_batch_size % args.group_size and args.group_size % args.micro_batch_size:
+        fail(f"--micro-batch-size {args.micro_batch_size} must be a multiple or a divisor of --group-size "
+             f"{args.group_size}")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
+    try:
+        nthr_eta(0.5, args.eta)
+        torch.zeros(1, device=args.device)
+    except (ValueError, RuntimeError, AssertionError) as error:                # torch's own words for a bad device
+        fail(str(error).splitlines()[0])
+
+
+def load_problems(source):
+    r"""[{"problem": str, "answer": str}] from a JSON list or JSONL file, or "math" (downloaded once, levels 3-5).
+
+    problem: the field `problem` or `question`. answer: `answer`, else `final_answer` (text, a number or a list),
+    else the last \boxed{} of `solution`. Exits with the line or item that cannot be used."""
+    path = Path(source)
+    if source == "math":
+        path = Path(torch.hub.get_dir()) / "nthr" / Path(MATH_URL).name
+        if not path.is_file():
+            print(f"downloading {MATH_URL}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                torch.hub.download_url_to_file(MATH_URL, str(path))            # to a temporary file, moved when complete
+            except OSError as error:
+                fail(f"--data math needs the network once ({error}): fetch the file elsewhere and put it at {path}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"cannot read the data file {path}: {error}")
+
+    def parse(json_text, first_line):
+        try:
+            return json.loads(json_text)
+        except (ValueError, RecursionError) as error:                          # ValueError: bad JSON, huge integers
+            fail(f"{path}, line {first_line + getattr(error, 'lineno', 1) - 1}: not valid JSON: {error}")
+
+    if text.lstrip().startswith("["):
+        rows = [(f"item {i}", row) for i, row in enumerate(parse(text, 1), start=1)]
+    else:
+        rows = [(f"line {i}", parse(line, i)) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    problems = []
+    for where, row in rows:
+        if not isinstance(row, dict):
+            fail(f"{path}, {where}: expected an object with a problem and an answer, got {type(row).__name__}")
+        problem = row.get("problem") or row.get("question")
+        if not isinstance(problem, str) or not problem.strip():
+            fail(f"{path}, {where}: expected text in `problem` or `question`")
+        answer = (answer_text(row.get("answer")) or answer_text(row.get("final_answer"))
+                  or extract_answer(answer_text(row.get("solution"))))
+        if not answer:
+            fail(f"{path}, {where}: expected an `answer`, a `final_answer`, or a `solution` with a \\boxed answer")
+        if source != "math" or row.get("level") in ("Level 3", "Level 4", "Level 5"):
+            problems.append({"problem": problem, "answer": answer})
+    return problems or fail(f"{path} holds no problems")
+
+
+def answer_text(value):
+    """The text of an answer field: lists joined by commas, 27.0 as "27", "" for what is no answer."""
+    if isinstance(value, list):
+        return ", ".join(filter(None, map(answer_text, value)))
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip() if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
+
+
+def load(auto_class, name, **options):
+    """from_pretrained of a Hugging Face id or folder, or one line; no code that comes with a model is ever run."""
+    transformers_logging.disable_progress_bar()
+    try:
+        return auto_class.from_pretrained(name, **options)
+    except Exception as error:                                                 # whatever a stranger's files can raise
+        fail(f"cannot load the model {name}: {' '.join(str(error).split())[:300]} (expected a Hugging Face id, or a "
+             f"folder with config.json, safetensors weights and a tokenizer)")
+
+
+def load_model(name, device, dtype=torch.float32):
+    model = load(AutoModelForCausalLM, name, dtype=dtype, use_safetensors=True)
+    for module in model.modules():                                             # dropout would make π_θ differ from π_old
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    return model.to(device).eval()
+
+
+def encode_prompts(problems, tokenizer, model, max_new_tokens):
+    limit = getattr(model.config, "max_position_embeddings", math.inf)
+    prompts = [encode_prompt(tokenizer, row["problem"]) for row in problems]
+    longest = max(prompts, key=len)
+    if len(longest) + max_new_tokens > limit:
+        fail(f"problem {prompts.index(longest) + 1} takes {len(longest)} tokens; with --max-new-tokens {max_new_tokens} "
+             f"that exceeds the model's context of {limit}: lower --max-new-tokens or leave the problem out")
+    return prompts
+
+
+def precision(args):
+    """Compute in args.dtype; the weights stay float32, so that AdamW's small updates are not rounded away."""
+    return torch.autocast(torch.device(args.device).type, dtype=torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
+class Timer(dict):
+    """Seconds by phase, under the names of the paper's Table 3."""
+
+    @contextmanager
+    def __call__(self, phase):
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self[phase] = self.get(phase, 0.0) + time.perf_counter() - start
+
+
+def step_seed(args, step, round_=0):
+    """A seed for the sampling of one step, the same in a resumed run."""
+    return int(np.random.SeedSequence([args.seed, step, round_]).generate_state(1)[0])
+
+
+def group_rows(groups, group_size):
+    """The rows of these groups: (K,) -> (K · G,)."""
+    return (groups[:, None] * group_size + torch.arange(group_size)).flatten()
+
+
+def sample_groups(model, tokenizer, problems, prompts, args, step, position):
+    """Sample and reward G responses to each of the next questions; drop groups that are all right or all wrong.
+
+    Returns the rollout of the K kept groups, rewards (K, G), metrics of all samples, and the next data position."""
+    rollouts, rewards = [], []
+    for round_ in range(args.sampling_rounds):                                 # dynamic sampling (App. 7.3)
+        draws = [divmod(i, len(problems)) for i in range(position, position + args.batch_size)]
+        position += args.batch_size
+        questions = [int(np.random.default_rng([args.seed, epoch]).permutation(len(problems))[i]) for epoch, i in draws]
+        with precision(args):
+            rollouts.append(generate(model, tokenizer, [prompts[q] for q in questions], args.group_size,
+                                     args.max_new_tokens, args.temperature, step_seed(args, step, round_),
+                                     args.max_sequences))
+        golds = [problems[q]["answer"] for q in questions for _ in range(args.group_size)]
+        rewards += map(math_reward, rollouts[-1].texts, golds)
+        grouped = torch.tensor(rewards).view(-1, args.group_size)              # (Q, G)
+        mixed = (grouped.amax(1) != grouped.amin(1)).nonzero()[:args.batch_size, 0]
+        if len(mixed) == args.batch_size:
+            break
+    rollout = concatenate(rollouts)
+    lengths = rollout.response_mask.sum(1)
+    metrics = {"questions": len(grouped), "groups_kept": len(mixed), "success_rate": grouped.mean().item(),
+               "response_length": lengths.float().mean().item(), "tokens": int(lengths.sum()),
+               "truncated_share": 1 - rollout.finished.float().mean().item()}
+    return rollout.select(group_rows(mixed, args.group_size)), grouped[mixed], metrics, position
+
+
+def policy_logprobs(model, rollout, rows, args, return_hidden=False):
+    """`response_logprobs` of these rows, micro-batch by micro-batch: (b, t), t the longest of these responses."""
+    ids, attention_mask, prompt_length = rollout.inputs(rows)
+    with precision(args):
+        parts = [response_logprobs(model, i, m, prompt_length, args.temperature, return_hidden)
+                 for i, m in zip(ids.split(args.micro_batch_size), attention_mask.split(args.micro_batch_size))]
+    return tuple(map(torch.cat, zip(*parts))) if return_hidden else torch.cat(parts)
+
+
+@torch.no_grad()
+def old_policy_pass(model, reference, rollout, rewards, args, step, timer):
+    """ONE no-grad pass over whole groups: ln π_old, and from the same hidden states the method's advantages.
+
+    Returns old_logprobs, ref_logprobs (or None) and advantages, all (B, T), and NTHR's metrics."""
+    correct = rewards.flatten().to(args.device) == 1                           # (B,)
+    advantages = group_advantages(rewards).to(args.device).view(-1, 1).repeat(1, rollout.response_mask.shape[1])
+    old, ref = torch.zeros_like(advantages), torch.zeros_like(advantages) if reference else None
+    lm_head, generator = model.get_output_embeddings().weight, torch.Generator().manual_seed(step_seed(args, step))
+    stats = []
+    for rows in torch.arange(len(old)).split(max(args.group_size, args.micro_batch_size)):
+        with timer("old_probabilities"):
+            logprobs, hidden = policy_logprobs(model, rollout, rows, args, return_hidden=True)
+            t = logprobs.shape[1]
+            old[rows, :t] = logprobs
+        if reference:
+            with timer("reference"):
+                ref[rows, :t] = policy_logprobs(reference, rollout, rows, args)
+        if args.method in ("nthr", "random"):
+            with timer("nthr"):
+                for group, lp, h in zip(*(x.split(args.group_size) for x in (rows, logprobs, hidden))):
+                    mask, A = rollout.response_mask[group, :t], advantages[group, :t]
+                    result = nthr_advantages(
+                        A, h, rollout.response_ids[group, :t], mask, correct[group], lm_head, logprobs=lp, beta=args.beta,
+                        eta=args.eta, vocabulary=args.nthr_vocab, temperature=args.temperature)
+                    advantages[group, :t] = result.advantages
+                    if args.method == "random":
+                        chosen = random_selection(result.selected, mask, correct[group], generator)
+                        advantages[group, :t] = torch.where(chosen, result.eta * A, A)
+                    stats.append((result.tau.item(), result.eta, result.selected.sum().item()))
+    if args.method == "pos-only":
+        advantages = pos_only(advantages)
+    if not stats:
+        return old, ref, advantages, {}
+    tau, eta, selected = np.array(stats).T
+    negative_tokens = rollout.response_mask[~correct].sum().item()
+    return old, ref, advantages, {"tau": tau.mean(), "eta": eta.mean(),
+                                  "selected_share": selected.sum() / max(1, negative_tokens)}
+
+
+def update(model, optimizer, rollout, rewards, old, ref, advantages, args, state):
+    """Ascend Eq. 1 by AdamW, one update per mini-batch of questions. Returns metrics, means over the updates made.
+
+    An update with a non-finite loss or gradient is skipped; state["nonfinite"] counts how many in a row."""
+    correct, mask, G = rewards.flatten().to(args.device) == 1, rollout.response_mask, args.group_size
+    model.train(args.gradient_checkpointing)                                   # transformers recomputes in train mode only
+    done = []
+    minibatches = torch.arange(len(rewards)).tensor_split(args.batch_size // args.minibatch_size)
+    for rows in (group_rows(groups, G) for groups in minibatches if len(groups)):
+        weights = token_weights(mask[rows], G)
+        by_length = mask[rows].sum(1).argsort(stable=True).cpu()               # similar lengths together: less padding
+        totals = {}
+        for micro in by_length.split(args.micro_batch_size):
+            b = rows[micro]
+            logprobs = policy_logprobs(model, rollout, b, args)
+            t = logprobs.shape[1]
+            loss, metrics = grpo_loss(
+                logprobs, old[b, :t], advantages[b, :t], mask[b, :t], G, args.clip_eps,
+                None if ref is None else ref[b, :t], args.kl_coef, args.nll_coef, correct[b], weights[micro])
+            loss.backward()
+            totals = {name: totals.get(name, 0.0) + value.item() for name, value in metrics.items()}
+        totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
+        if math.isfinite(totals["loss"]) and math.isfinite(totals["grad_norm"]):
+            optimizer.step()
+            done.append(totals)
+            state["nonfinite"] = 0
+        else:
+            state["nonfinite"] += 1
+            tqdm.write(f"update skipped: loss {totals['loss']}, gradient norm {totals['grad_norm']}")
+        optimizer.zero_grad(set_to_none=True)
+        if state["nonfinite"] == 3:
+            break
+    model.eval()
+    means = {name: sum(totals[name] for totals in done) / len(done) for name in done[0]} if done else {}
+    return {"updates": len(done), **means}
+
+
+@torch.no_grad()
+def step_likelihood_change(model, rollout, rewards, old, args):
+    """Δ(x) of Eq. 2 for each kept question, in nats: {"delta_mean", "delta_nonpositive_share"}.
+
+    Here θ' is the policy after the whole step, all questions together; §4 updates on one question alone."""
+    correct = rewards.to(args.device) == 1                                     # (K, G)
+    rows, new = correct.flatten().nonzero()[:, 0].cpu(), old.clone()           # only the correct responses matter
+    logprobs = policy_logprobs(model, rollout, rows, args)
+    new[rows, :logprobs.shape[1]] = logprobs
+    new, old, mask = (x.view(*correct.shape, -1) for x in (new, old, rollout.response_mask))       # (K, G, T)
+    delta = torch.stack([likelihood_change(*group) for group in zip(new, old, mask, correct)])
+    return {"delta_mean": delta.mean().item(), "delta_nonpositive_share": (delta <= 0).float().mean().item()}
+
+
+def peak_memory():
+    """Peak GiB so far: of the GPU's allocator if there is one, else resident; None on Windows."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+
+
+def evaluate(model, tokenizer, problems, prompts, args, step):
+    """Greedy accuracy on `problems`; the first five responses go to samples.jsonl."""
+    with precision(args):
+        rollout = generate(model, tokenizer, prompts, 1, args.max_new_tokens, 0.0, max_sequences=args.max_sequences)
+    rewards = [math_reward(text, row["answer"]) for text, row in zip(rollout.texts, problems)]
+    append(args, "samples.jsonl", [
+        {"step": step, **row, "response": text, "reward": reward, "finished": finished} for row, text, reward, finished
+        in zip(problems[:5], rollout.texts, rewards, rollout.finished.tolist())])
+    return sum(rewards) / len(rewards)
+
+
+def append(args, name, rows):
+    """Append JSON lines to a file of the output folder; a non-finite number becomes null, which JSON can hold."""
+    with open(Path(args.out) / name, "a", encoding="utf-8") as file:
+        for row in rows:
+            row = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                   for key, value in row.items()}
+            file.write(json.dumps(row) + "\n")
+
+
+def find_checkpoint(out):
+    """The newest complete checkpoint of an output folder, or None; the second name exists while the two are swapped."""
+    return next((path for path in (Path(out) / "checkpoint", Path(out) / "checkpoint.old") if path.is_dir()), None)
+
+
+def save_checkpoint(model, tokenizer, optimizer, state, args):
+    """Weights in Hugging Face format, optimizer, step, data position and RNG states: complete, or not there at all."""
+    final, temporary, old = (Path(args.out) / name for name in ("checkpoint", "checkpoint.tmp", "checkpoint.old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    torch.save({"optimizer": optimizer.state_dict(), "state": state, "rng": rng}, temporary / "trainer.pt")
+    if final.exists():                                                         # else .old is the only one: keep it
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    temporary.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore(optimizer, checkpoint, args):
+    """Load optimizer and RNG states and cut the logs back to the checkpoint's step. Returns the run's state."""
+    saved = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(saved["optimizer"])
+    torch.set_rng_state(saved["rng"]["cpu"])
+    if len(saved["rng"]["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        path = Path(args.out) / name
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []    # a torn line has no end
+        kept = [line for line in lines if json.loads(line)["step"] <= saved["state"]["step"]]
+        path.with_suffix(".tmp").write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        path.with_suffix(".tmp").replace(path)
+    return saved["state"]
+
+
+def train(args):
+    """Set up, then Algorithm 1 step by step. Everything goes to args.out."""
+    checkpoint = find_checkpoint(args.out) if args.resume else None
+    tokenizer = load(AutoTokenizer, checkpoint or args.model)                  # first: a misspelt id is found at once
+    problems = load_problems(args.data)
+    if args.eval_data:
+        eval_problems = load_problems(args.eval_data)[:args.eval_size]
+    else:                                                                      # hold some out: never trained on
+        order = np.random.default_rng(0).permutation(len(problems))
+        eval_problems, problems = ([problems[i] for i in part] for part in np.split(order, [args.eval_size]))
+        if not problems:
+            fail(f"{args.data} is too small to hold out --eval-size {args.eval_size} problems: pass --eval-data")
+    model = load_model(checkpoint or args.model, args.device)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    reference = load_model(args.model, args.device, getattr(torch, args.dtype)) if args.kl_coef else None
+    prompts = encode_prompts(problems, tokenizer, model, args.max_new_tokens)
+    eval_prompts = encode_prompts(eval_problems, tokenizer, model, args.max_new_tokens)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    state = {"step": 0, "position": 0, "nonfinite": 0}
+    out = Path(args.out)
+    if checkpoint:
+        state = restore(optimizer, checkpoint, args)
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(vars(args), indent=1))
+        save_checkpoint(model, tokenizer, optimizer, state, args)
+    if not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+        (out / "samples.jsonl").unlink(missing_ok=True)                        # of a first evaluation that was cut short
+        accuracy = evaluate(model, tokenizer, eval_problems, eval_prompts, args, 0)
+        append(args, "metrics.jsonl", [{"step": 0, "eval_accuracy": accuracy}])
+        print(f"step 0: greedy accuracy {accuracy:.1%} on {len(eval_problems)} problems")
+
+    interrupted = []                                                           # a second Ctrl-C stops at once
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda caught, _: (interrupted.append(caught), signal.signal(caught, signal.SIG_DFL)))
+    bar = tqdm(range(state["step"] + 1, args.steps + 1), initial=state["step"], total=args.steps, desc=args.method)
+    for step in bar:
+        timer = Timer()
+        with timer("data_generation"):                                         # y_i ~ π_old, r_i, mixed groups only
+            rollout, rewards, metrics, state["position"] = sample_groups(
+                model, tokenizer, problems, prompts, args, step, state["position"])
+        if len(rewards):
+            old, ref, advantages, nthr_metrics = old_policy_pass(model, reference, rollout, rewards, args, step, timer)
+            with timer("model_update"):                                        # Eq. 1 with Algorithm 1's advantages
+                metrics |= update(model, optimizer, rollout, rewards, old, ref, advantages, args, state) | nthr_metrics
+            if args.delta_every and step % args.delta_every == 0:
+                with timer("likelihood_change"):                               # Eq. 2
+                    metrics |= step_likelihood_change(model, rollout, rewards, old, args)
+        state["step"], diverged = step, state["nonfinite"] >= 3
+        if step == args.steps or (args.eval_every and step % args.eval_every == 0):
+            with timer("evaluation"):
+                metrics["eval_accuracy"] = evaluate(model, tokenizer, eval_problems, eval_prompts, args, step)
+            tqdm.write(f"step {step}: greedy accuracy {metrics['eval_accuracy']:.1%}")
+        metrics["tokens_per_second"] = metrics.pop("tokens") / timer["data_generation"]
+        metrics = {"step": step, **NOT_MEASURED, **metrics, "seconds": timer, "peak_memory_gib": peak_memory()}
+        append(args, "metrics.jsonl", [metrics])
+        bar.set_postfix({"success": f"{metrics['success_rate']:.2f}", "Δ": f"{metrics['delta_mean'] or math.nan:.2f}",
+                         "tok/s": f"{metrics['tokens_per_second']:.0f}"})
+        stopping = step == args.steps or interrupted or diverged
+        if stopping or (args.save_every and step % args.save_every == 0):
+            state["nonfinite"] = 0 if diverged else state["nonfinite"]         # a resumed run may try again
+            save_checkpoint(model, tokenizer, optimizer, state, args)
+        if interrupted or diverged:
+            break
+    bar.close()
+    if diverged:
+        fail(f"three updates in a row had a non-finite loss or gradient; {args.out}/checkpoint holds the last good weights")
+    if interrupted:
+        print(f"stopped after step {step}; continue with: python train.py --resume {args.out}")
+        sys.exit(130)
+    print(f"done: metrics in {args.out}/metrics.jsonl, the model in {args.out}/checkpoint")
+
+
+if __name__ == "__main__":
+    try:
+        train(parse_args())
+    except FloatingPointError as error:
+        fail(error)
