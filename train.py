@@ -8,6 +8,7 @@ python train.py --resume runs/tiny-nthr-seed0       # continue a run that was st
 """
 import argparse
 import json
+import logging
 import math
 import shutil
 import signal
@@ -202,6 +203,7 @@ def answer_text(value):
 def load(auto_class, name, **options):
     """from_pretrained of a Hugging Face id or folder, or one line; no code that comes with a model is ever run."""
     transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)               # its retries are not news, their end is
     try:
         return auto_class.from_pretrained(name, **options)
     except Exception as error:                                                 # whatever a stranger's files can raise
