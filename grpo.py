@@ -32,7 +32,8 @@ def group_advantages(rewards):
     scale = r.abs().amax(1, keepdim=True)
     r = r / scale.clamp(min=torch.finfo(torch.float64).tiny)                   # squares must not overflow
     centered = r - r.mean(1, keepdim=True)
-    equal = (r.amax(1, keepdim=True) - r.amin(1, keepdim=True)) <= 4 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    rounding = 4 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    equal = (r.amax(1, keepdim=True) - r.amin(1, keepdim=True)) <= rounding
     sigma = centered.square().mean(1, keepdim=True).sqrt()
     return torch.where(equal, 0.0, centered / sigma.masked_fill(equal, 1.0)).to(dtype)
 
@@ -59,6 +60,15 @@ def _token_logprobs(hidden, tokens, lm_head, temperature):
     return logits.gather(1, tokens[:, None])[:, 0] - torch.logsumexp(logits, dim=1)
 
 
+def check_head(model):
+    """ValueError if the model's logits are not lm_head(hidden): Eq. 7 and `response_logprobs` take π = softmax(W h)."""
+    for name, neutral in (("final_logit_softcapping", None), ("logit_scale", 1), ("logits_scaling", 1)):
+        value = getattr(model.config, name, None)
+        if value not in (None, neutral):
+            raise ValueError(f"the model changes its logits after the lm_head ({name} = {value}), so that they are not "
+                             f"W h as Eq. 7 needs: choose a model without it")
+
+
 def response_logprobs(model, ids, attention_mask, prompt_length, temperature=1.0, return_hidden=False):
     """ln π(y_{i,k} | x, y_{i,<k}) of the response tokens under the distribution that they were sampled from.
 
@@ -67,7 +77,8 @@ def response_logprobs(model, ids, attention_mask, prompt_length, temperature=1.0
     those tokens, i.e. the input of lm_head.
 
     The base model runs once. The lm_head is applied to a few tokens at a time and again in the backward pass, so a
-    (B, T, V) tensor never exists."""
+    (B, T, V) tensor never exists. Raises ValueError where logits are not lm_head(hidden), see `check_head`."""
+    check_head(model)
     attention_mask = attention_mask.long()
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)                 # left padding takes no position
     states = model.base_model(input_ids=ids, attention_mask=attention_mask, position_ids=position_ids,
@@ -102,10 +113,12 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, group_size, clip_eps=0.2
     Returns (loss, metrics). metrics holds detached () tensors that add up over the parts in the same way, each a mean
     over tokens, then over questions: "loss", "clip_share" (tokens whose gradient the clip stops), "kl" if
     ref_logprobs is given and "nll" if correct is given. Raises ValueError on wrong shapes or a missing argument."""
-    for name, value in (("old_logprobs", old_logprobs), ("advantages", advantages), ("mask", mask),
-                        ("ref_logprobs", ref_logprobs)):
-        if value is not None and value.shape != logprobs.shape:
-            raise ValueError(f"{name} must be (B, T) = {tuple(logprobs.shape)} like logprobs, got {tuple(value.shape)}")
+    per_token, per_response = logprobs.shape, logprobs.shape[:1]
+    for name, value, shape in (("old_logprobs", old_logprobs, per_token), ("advantages", advantages, per_token),
+                               ("mask", mask, per_token), ("ref_logprobs", ref_logprobs, per_token),
+                               ("correct", correct, per_response), ("weights", weights, per_response)):
+        if value is not None and value.shape != shape:
+            raise ValueError(f"{name} must have shape {tuple(shape)} to match logprobs, got {tuple(value.shape)}")
     if (kl_coef and ref_logprobs is None) or (nll_coef and correct is None):
         raise ValueError("kl_coef > 0 needs ref_logprobs and nll_coef > 0 needs correct")
     mask = mask.bool()

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from grpo import (group_advantages, grpo_loss, likelihood_change, pos_only, random_selection, response_logprobs,
-                  token_weights)
+from grpo import (check_head, group_advantages, grpo_loss, likelihood_change, pos_only, random_selection,
+                  response_logprobs, token_weights)
 from nthr import nthr_advantages, nthr_eta
 from reward import extract_answer, math_reward
 from rollout import concatenate, encode_prompt, generate
@@ -218,6 +218,10 @@ def load_model(name, device, dtype=torch.float32):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
+    try:
+        check_head(model)
+    except ValueError as error:
+        fail(f"{name}: {error}")
     return model.to(device).eval()
 
 
@@ -226,7 +230,8 @@ def encode_prompts(problems, tokenizer, model, max_new_tokens):
     prompts = [encode_prompt(tokenizer, row["problem"]) for row in problems]
     longest = max(prompts, key=len)
     if len(longest) + max_new_tokens > limit:
-        fail(f"problem {prompts.index(longest) + 1} takes {len(longest)} tokens; with --max-new-tokens {max_new_tokens} "
+        problem = problems[prompts.index(longest)]["problem"]
+        fail(f"the prompt of problem {problem[:60]!r} takes {len(longest)} tokens; with --max-new-tokens {max_new_tokens} "
              f"that exceeds the model's context of {limit}: lower --max-new-tokens or leave the problem out")
     return prompts
 
@@ -466,7 +471,7 @@ def train(args):
             fail(f"{args.data} is too small to hold out --eval-size {args.eval_size} problems: pass --eval-data")
     model = load_model(checkpoint or args.model, args.device)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     reference = load_model(args.model, args.device, getattr(torch, args.dtype)) if args.kl_coef else None
     prompts = encode_prompts(problems, tokenizer, model, args.max_new_tokens)
     eval_prompts = encode_prompts(eval_problems, tokenizer, model, args.max_new_tokens)

@@ -1,0 +1,446 @@
+"""rollout.py against models with hand-made next-token tables, transformers' generate and exact probabilities."""
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedTokenizerFast,
+                          Qwen2Config)
+
+import grpo
+import rollout
+
+TINY = Path(__file__).resolve().parent.parent / "tiny"
+END = "<|endoftext|>"
+SIZES = dict(intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             initializer_range=0.3, bos_token_id=None, eos_token_id=0, pad_token_id=0)
+CONFIGS = {
+    "qwen2 tied": lambda V: Qwen2Config(vocab_size=V, hidden_size=32, tie_word_embeddings=True, **SIZES),
+    "llama untied": lambda V: LlamaConfig(vocab_size=V, hidden_size=32, tie_word_embeddings=False, **SIZES),
+    "gpt2 absolute positions": lambda V: GPT2Config(
+        vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3, bos_token_id=0,
+        eos_token_id=0),
+    "qwen2 sliding window": lambda V: Qwen2Config(
+        vocab_size=V, hidden_size=32, use_sliding_window=True, sliding_window=4, max_window_layers=1, **SIZES),
+}
+
+
+def byte_level_tokenizer(characters, merges=(), specials=(END,), **options):
+    """Byte-level BPE: the special tokens, one token per character, the merges; pad is the EOS itself."""
+    words = [*specials, *characters, *("".join(pair) for pair in merges)]
+    backend = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=list(merges)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **{
+        "eos_token": END, "pad_token": END, "additional_special_tokens": list(specials[1:]), **options})
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456Ġ"         # "Ġ" is the byte-level space
+TOKENIZER = byte_level_tokenizer(LETTERS)                                       # 61 ids: EOS = pad = 0, "a" = 1, ...
+
+
+def tiny_model(kind, vocabulary=61, seed=1):
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(CONFIGS[kind](vocabulary)).eval()
+
+
+def table_model(logits):
+    """A transformers Llama whose next-token logits are exactly row `last token` of the given (V, V) table.
+
+    Attention and MLP add nothing, embeddings are one-hot and RMSNorm multiplies those by √d."""
+    V = len(logits)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(
+        vocab_size=V, hidden_size=32, rms_norm_eps=1e-12, tie_word_embeddings=False, **SIZES)).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(V, 32))
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[:, :V] = torch.as_tensor(logits, dtype=torch.float32).T / 32 ** 0.5
+    return model
+
+
+def chain_model(successors):
+    """A `table_model` over 16 ids that writes a fixed successor after each token."""
+    table = torch.zeros(16, 16)
+    for token, successor in successors.items():
+        table[token, successor] = 40.0
+    return table_model(table)
+
+
+# after "a" (1) comes b, c, EOS; after "d" (4): e, e, e, ... for ever
+CHAIN = {1: 2, 2: 3, 3: 0, 4: 5, 5: 5, 6: 0}
+SMALL = byte_level_tokenizer("abcdefghijklmno")                                 # 16 ids
+
+
+def forward_shapes(model):
+    """A list that collects (rows, columns) of each forward pass of the model."""
+    shapes = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
+                                    with_kwargs=True)
+    return shapes
+
+
+def transformers_greedy(model, prompt, max_new_tokens, stop_ids):
+    """The response of transformers' own greedy search to one prompt alone, as a list of ids."""
+    ids = torch.tensor([prompt])
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1,
+                         max_new_tokens=max_new_tokens, eos_token_id=stop_ids, pad_token_id=0, repetition_penalty=1.0)
+    return out[0, len(prompt):].tolist()
+
+
+def responses(result):
+    return [row[mask].tolist() for row, mask in zip(result.response_ids, result.response_mask)]
+
+
+# ---- masks, lengths, texts: all expectations follow from the table by hand
+
+def test_an_eos_that_is_also_the_pad_token_is_inside_the_mask():
+    result = rollout.generate(chain_model(CHAIN), SMALL, [[1], [4], [6]], 2, 5, temperature=0)
+    assert SMALL.pad_token_id == SMALL.eos_token_id == 0
+    assert result.response_ids.tolist() == [[2, 3, 0, 0, 0]] * 2 + [[5, 5, 5, 5, 5]] * 2 + [[0, 0, 0, 0, 0]] * 2
+    assert result.response_mask.tolist() == [[True] * n + [False] * (5 - n) for n in (3, 3, 5, 5, 1, 1)]
+    assert result.finished.tolist() == [True, True, False, False, True, True]
+    assert result.texts == ["bc", "bc", "eeeee", "eeeee", "", ""]
+
+
+def test_a_stop_in_the_last_allowed_token_is_finished_and_one_token_earlier_is_cut_off():
+    model = chain_model(CHAIN)
+    for limit, finished in ((2, False), (3, True), (4, True)):
+        result = rollout.generate(model, SMALL, [[1]], 1, limit, temperature=0)
+        assert result.finished.tolist() == [finished]
+        assert responses(result) == [[2, 3, 0][:limit]]
+        assert result.response_ids.shape == (1, min(limit, 3))                  # no columns of padding only
+
+
+def test_prompts_are_left_padded_and_each_is_repeated_for_its_group():
+    result = rollout.generate(chain_model(CHAIN), SMALL, [[7, 8, 1], [4]], 2, 2, temperature=0)
+    assert result.prompt_ids.tolist() == [[7, 8, 1]] * 2 + [[0, 0, 4]] * 2
+    assert result.prompt_mask.tolist() == [[True] * 3] * 2 + [[False, False, True]] * 2
+    assert responses(result) == [[2, 3]] * 2 + [[5, 5]] * 2
+
+
+def test_responses_are_padded_with_the_pad_token_or_0_without_one():
+    for pad, expected in (("o", 15), (None, 0)):
+        tokenizer = byte_level_tokenizer("abcdefghijklmno", pad_token=pad)
+        result = rollout.generate(chain_model(CHAIN), tokenizer, [[1], [4, 6, 4]], 1, 4, temperature=0)
+        assert result.response_ids[0].tolist() == [2, 3, 0, expected]
+        assert result.prompt_ids[0].tolist() == [expected, expected, 1]
+
+
+def test_logprobs_are_those_of_the_table_at_each_temperature_and_zero_on_padding():
+    table = torch.zeros(16, 16)
+    table[1, 0] = 3.0                                                           # after "a": EOS e³ : 15
+    table[4, :8] = torch.arange(8.0)
+    for temperature in (1.0, 0.5, 2.0):
+        result = rollout.generate(table_model(table), SMALL, [[1], [4]], 50, 1, temperature, seed=0)
+        for row in range(100):
+            token = result.response_ids[row, 0].item()
+            logits = table[1 if row < 50 else 4].tolist()
+            z = sum(math.exp(x / temperature) for x in logits)
+            assert result.logprobs[row, 0].item() == pytest.approx(logits[token] / temperature - math.log(z), abs=1e-4)
+    result = rollout.generate(table_model(table), SMALL, [[1]], 20, 4, seed=0)
+    assert result.logprobs.dtype == torch.float32 and not result.logprobs.requires_grad
+    assert (~result.response_mask).any() and (result.logprobs[~result.response_mask] == 0).all()
+    assert (result.logprobs[result.response_mask] < 0).all()
+
+
+def test_greedy_logprobs_are_those_of_temperature_1():
+    table = torch.zeros(16, 16)
+    table[4, 5] = 2.0
+    result = rollout.generate(table_model(table), SMALL, [[4]], 1, 1, temperature=0)
+    assert result.logprobs.item() == pytest.approx(2 - math.log(math.exp(2) + 15), abs=1e-4)
+
+
+def test_texts_leave_out_special_tokens_wherever_they_stand_and_padding():
+    tokenizer = byte_level_tokenizer("abcdefghijkĠ", specials=(END, "<|im_end|>", "<|think|>"))
+    # ids: 0 END, 1 im_end, 2 think, 3 "a", 4 "b", ..., 14 " "
+    model = chain_model({3: 4, 4: 14, 14: 2, 2: 5, 5: 1, 9: 9})
+    result = rollout.generate(model, tokenizer, [[3], [9]], 1, 7, temperature=0)
+    assert responses(result) == [[4, 14, 2, 5, 1], [9] * 7]                     # im_end stops, think does not
+    assert result.texts == ["b c", "g" * 7] and result.finished.tolist() == [True, False]
+
+
+# ---- greedy decoding equals transformers' generate
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [33], [12, 44, 3], [5, 6, 7, 8, 9, 10, 12], [60, 1, 60, 1, 2]]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("max_sequences", [256, 3, 1])
+def test_greedy_equals_transformers_generate_token_by_token(kind, max_sequences):
+    model = tiny_model(kind)
+    free = [transformers_greedy(model, prompt, 12, [0]) for prompt in PROMPTS]
+    stop_ids = sorted({0, free[0][3], free[1][6], free[2][9]})                  # several stops, at several lengths
+    expected = [transformers_greedy(model, prompt, 12, stop_ids) for prompt in PROMPTS]
+    assert len({len(response) for response in expected}) >= 3
+    result = rollout.generate(model, TOKENIZER, PROMPTS, 2, 12, temperature=0, stop_ids=stop_ids,
+                              max_sequences=max_sequences)
+    assert responses(result) == [response for response in expected for _ in range(2)]
+    assert result.finished.tolist() == [response[-1] in stop_ids for response in expected for _ in range(2)]
+
+
+def test_greedy_on_the_tiny_folder_equals_transformers_generate_with_its_own_prompts_and_stops():
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(TINY).eval(), AutoTokenizer.from_pretrained(TINY)
+    prompts = [rollout.encode_prompt(tokenizer, problem) for problem in ("1+2", "35+4", "8")]
+    stop_ids = rollout.stop_token_ids(model, tokenizer)
+    result = rollout.generate(model, tokenizer, prompts, 1, 16, temperature=0)
+    assert tokenizer.eos_token_id in stop_ids
+    assert responses(result) == [transformers_greedy(model, prompt, 16, stop_ids) for prompt in prompts]
+    assert not any(tokenizer.eos_token in text for text in result.texts)
+
+
+# ---- sampling
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampling_time_logprobs_equal_response_logprobs_of_the_same_tokens(kind, temperature):
+    model = tiny_model(kind)
+    stop_ids = list(range(0, 61, 9))                                            # responses of many lengths
+    result = rollout.generate(model, TOKENIZER, PROMPTS, 4, 12, temperature, seed=0, max_sequences=6,
+                              stop_ids=stop_ids)
+    assert len(result.response_mask.sum(1).unique()) > 4 and 0 < result.finished.sum() < 20
+    ids, mask, P = result.inputs(torch.arange(20))
+    with torch.no_grad():
+        scored = grpo.response_logprobs(model, ids, mask, P, temperature)
+    assert (scored != 0).equal(result.response_mask)
+    torch.testing.assert_close(result.logprobs, scored, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.5])
+def test_samples_follow_softmax_of_logits_over_temperature_whatever_the_generation_config_says(temperature):
+    V, n = 9, 20000
+    tokenizer = byte_level_tokenizer("abcdefgh")
+    model = tiny_model("qwen2 tied", V, seed=3)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(0.4)                          # flatter: no token is too rare to count
+    model.generation_config.update(do_sample=True, top_k=1, top_p=0.1, temperature=0.1, repetition_penalty=5.0,
+                                   min_p=0.5, no_repeat_ngram_size=1, suppress_tokens=[2], min_new_tokens=2)
+    prompt = [3, 3, 7]
+    result = rollout.generate(model, tokenizer, [prompt], n, 2, temperature, seed=0, max_sequences=n)
+
+    def exact(prefix):
+        with torch.no_grad():
+            return torch.softmax(model(torch.tensor([prefix])).logits[0, -1].double() / temperature, -1).tolist()
+
+    first = exact(prompt)
+    assert max(first) > 1.5 / V                                                 # not uniform
+    expected = {(0,): first[0]}                                                 # EOS ends a response
+    for a in range(1, V):
+        expected |= {(a, b): first[a] * p for b, p in enumerate(exact(prompt + [a]))}
+    assert sum(expected.values()) == pytest.approx(1)
+    counts = dict.fromkeys(expected, 0)
+    for response in responses(result):
+        counts[tuple(response)] += 1
+    cells = [key for key, p in expected.items() if n * p >= 5]
+    rare = [key for key in expected if key not in cells]
+    pairs = [(counts[key], n * expected[key]) for key in cells]
+    if rare:
+        pairs.append((sum(counts[key] for key in rare), max(n * sum(expected[key] for key in rare), 1.0)))
+    chi_square = sum((seen - mean) ** 2 / mean for seen, mean in pairs)
+    df = len(pairs) - 1
+    bound = df * (1 - 2 / (9 * df) + 4.5 * math.sqrt(2 / (9 * df))) ** 3        # Wilson–Hilferty, 4.5 deviations
+    assert df > 30 and chi_square < bound
+
+
+def test_one_seed_reproduces_and_another_differs_and_neither_touches_the_global_generator():
+    model = tiny_model("qwen2 tied")
+    state = torch.get_rng_state()
+    draws = [rollout.generate(model, TOKENIZER, PROMPTS, 3, 8, seed=seed) for seed in (5, 5, 6)]
+    assert torch.get_rng_state().equal(state)
+    assert draws[0].response_ids.equal(draws[1].response_ids) and draws[0].logprobs.equal(draws[1].logprobs)
+    assert responses(draws[0]) != responses(draws[2])
+    rows = responses(draws[0])
+    assert all(len({tuple(row) for row in rows[q:q + 3]}) == 3 for q in range(0, 15, 3))    # a group's samples differ
+
+
+def test_parts_of_a_split_batch_do_not_repeat_each_others_randomness():
+    result = rollout.generate(tiny_model("qwen2 tied"), TOKENIZER, [[5, 6]], 4, 8, seed=5, max_sequences=1)
+    assert len({tuple(row) for row in responses(result)}) == 4
+
+
+def test_without_a_seed_the_global_generator_decides():
+    model, draws = tiny_model("qwen2 tied"), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(responses(rollout.generate(model, TOKENIZER, PROMPTS, 2, 8)))
+    assert draws[0] == draws[1] != draws[2]
+
+
+# ---- the work done: prefill once per prompt, finished rows leave
+
+def test_each_prompt_is_prefilled_once_and_finished_rows_leave_the_batch():
+    model = chain_model(CHAIN)
+    shapes = forward_shapes(model)
+    rollout.generate(model, SMALL, [[7, 7, 1], [4], [2], [6]], 3, 5, temperature=0)
+    # lengths by hand: "a" 3 (b c EOS), "d" 5 (cut off), "b" 2 (c EOS), "f" 1 (EOS); 3 rows each
+    assert shapes == [(4, 3), (9, 1), (6, 1), (3, 1), (3, 1)]
+
+
+def test_decoding_ends_with_the_last_row():
+    model = chain_model(CHAIN)
+    shapes = forward_shapes(model)
+    rollout.generate(model, SMALL, [[1]], 4, 50, temperature=0)
+    assert shapes == [(1, 1), (4, 1), (4, 1)]
+
+
+def test_no_more_than_max_sequences_rows_and_only_their_prompts_are_decoded_together():
+    model = chain_model(CHAIN)
+    shapes = forward_shapes(model)
+    result = rollout.generate(model, SMALL, [[4], [4, 4], [4, 4, 4]], 3, 2, temperature=0, max_sequences=4)
+    # parts: rows 0–3 (prompts 0, 1), 4–7 (prompts 1, 2), 8 (prompt 2)
+    assert shapes == [(2, 2), (4, 1), (2, 3), (4, 1), (1, 3), (1, 1)]
+    assert result.prompt_mask.sum(1).tolist() == [1] * 3 + [2] * 3 + [3] * 3 and responses(result) == [[5, 5]] * 9
+
+
+# ---- Rollout.inputs, select, concatenate
+
+def hand_made():
+    mask = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 1, 1]]).bool()
+    return rollout.Rollout(
+        prompt_ids=torch.tensor([[0, 0, 3, 4], [0, 5, 6, 7], [0, 0, 0, 8]]),
+        prompt_mask=torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1], [0, 0, 0, 1]]).bool(),
+        response_ids=torch.tensor([[11, 0, 0], [12, 13, 0], [14, 15, 16]]), response_mask=mask,
+        logprobs=-torch.arange(1.0, 10.0).view(3, 3) * mask, finished=torch.tensor([True, True, False]),
+        texts=["r0", "r1", "r2"])
+
+
+def test_inputs_cut_columns_that_are_padding_in_all_rows():
+    ids, mask, P = hand_made().inputs(torch.tensor([1, 0]))
+    assert P == 3 and ids.tolist() == [[5, 6, 7, 12, 13], [0, 3, 4, 11, 0]]
+    assert mask.tolist() == [[True] * 5, [False, True, True, True, False]]
+    ids, mask, P = hand_made().inputs(torch.tensor([2]))
+    assert P == 1 and ids.tolist() == [[8, 14, 15, 16]] and mask.all()
+
+
+def test_inputs_of_an_empty_response_keep_one_column():
+    made = hand_made()
+    made.response_mask[0] = False
+    ids, mask, P = made.inputs(torch.tensor([0]))
+    assert P == 2 and ids.shape == (1, 3) and mask.tolist() == [[True, True, False]]
+
+
+def test_select_takes_every_field_of_the_rows_in_their_order():
+    picked = hand_made().select(torch.tensor([2, 0]))
+    assert picked.prompt_ids.tolist() == [[0, 0, 0, 8], [0, 0, 3, 4]]
+    assert picked.prompt_mask.tolist() == [[False, False, False, True], [False, False, True, True]]
+    assert picked.response_ids.tolist() == [[14, 15, 16], [11, 0, 0]]
+    assert picked.response_mask.tolist() == [[True, True, True], [True, False, False]]
+    assert picked.logprobs.tolist() == [[-7, -8, -9], [-1, 0, 0]]
+    assert picked.finished.tolist() == [False, True] and picked.texts == ["r2", "r0"]
+
+
+def test_concatenate_pads_prompts_on_the_left_and_responses_on_the_right():
+    short = rollout.Rollout(torch.tensor([[9, 9]]), torch.tensor([[True, True]]), torch.tensor([[21, 22, 23, 24]]),
+                            torch.tensor([[True] * 4]), torch.tensor([[-0.5, -0.5, -0.25, -2.0]]), torch.tensor([True]),
+                            ["s"])
+    joined = rollout.concatenate([hand_made(), short])
+    assert joined.prompt_mask.tolist() == hand_made().prompt_mask.tolist() + [[False, False, True, True]]
+    assert joined.prompt_ids[:3].tolist() == hand_made().prompt_ids.tolist()
+    assert joined.prompt_ids[3, 2:].tolist() == [9, 9]
+    assert joined.response_mask.tolist() == [[True] * n + [False] * (4 - n) for n in (1, 2, 3, 4)]
+    assert joined.response_ids[:, :3].tolist() == [[11, 0, 0], [12, 13, 0], [14, 15, 16], [21, 22, 23]]
+    assert joined.response_ids[3, 3] == 24
+    assert joined.logprobs.tolist() == [[-1, 0, 0, 0], [-4, -5, 0, 0], [-7, -8, -9, 0], [-0.5, -0.5, -0.25, -2]]
+    assert joined.finished.tolist() == [True, True, False, True] and joined.texts == ["r0", "r1", "r2", "s"]
+    assert joined.response_mask.dtype == joined.prompt_mask.dtype == torch.bool
+
+
+# ---- encode_prompt, stop_token_ids, string prompts
+
+QUESTION = "What is 3+4?\nPlease reason step by step, and put your final answer within \\boxed{}."
+CHAT = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+ALL_BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def test_encode_prompt_uses_the_chat_template_and_opens_the_answer():
+    tokenizer = byte_level_tokenizer(ALL_BYTES, [("e", "r")], (END, "<|im_start|>", "<|im_end|>"), chat_template=CHAT)
+    ids = rollout.encode_prompt(tokenizer, "What is 3+4?")
+    assert isinstance(ids, list) and all(isinstance(i, int) for i in ids)
+    assert tokenizer.decode(ids) == f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+    assert ids[0] == 1 and ids.count(2) == 1                                    # specials are single ids
+
+
+def test_encode_prompt_without_a_chat_template_is_plain_and_keeps_the_tokenizers_bos():
+    tokenizer = byte_level_tokenizer(ALL_BYTES, [("e", "r")], (END, "<bos>"), bos_token="<bos>")
+    assert tokenizer.decode(rollout.encode_prompt(tokenizer, "What is 3+4?")) == f"Question: {QUESTION}\nAnswer:"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 1)])
+    assert rollout.encode_prompt(tokenizer, "What is 3+4?")[:1] == [1]
+
+
+def test_string_prompts_are_tokenised_without_special_tokens():
+    tokenizer = byte_level_tokenizer("abcdefghijklmn", specials=(END, "<bos>"), bos_token="<bos>")    # "a" = 2
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 1)])
+    assert tokenizer("ab").input_ids == [1, 2, 3]
+    result = rollout.generate(chain_model({3: 4}), tokenizer, ["ab", [5, 2, 3], "<bos>ab"], 1, 1, temperature=0)
+    assert result.prompt_ids.tolist() == [[0, 2, 3], [5, 2, 3], [1, 2, 3]]
+    assert result.prompt_mask.tolist() == [[False, True, True], [True] * 3, [True] * 3]
+    assert result.texts == ["c"] * 3
+
+
+@pytest.mark.parametrize("eos, specials, expected", [
+    (0, (END,), [0]), (7, (END,), [0, 7]), ([9, 7, 9], (END,), [0, 7, 9]), (None, (END,), [0]),
+    (None, (END, "<|im_end|>"), [0, 1]), ([5], (END, "<|x|>", "<|eot_id|>"), [0, 2, 5]),
+    (3, (END, "<end_of_turn>", "<|im_end|>"), [0, 1, 2, 3])])
+def test_stop_ids_are_all_eos_of_model_and_tokenizer_and_the_ends_of_a_turn(eos, specials, expected):
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=eos))
+    assert rollout.stop_token_ids(model, byte_level_tokenizer("abcdefghijkl", specials=specials)) == expected
+
+
+def test_stop_ids_without_any_eos_are_empty_and_generation_runs_to_the_limit():
+    tokenizer = byte_level_tokenizer("abcdefghijklmno", eos_token=None)
+    model = chain_model(CHAIN)
+    model.generation_config.eos_token_id = None
+    assert rollout.stop_token_ids(model, tokenizer) == []
+    result = rollout.generate(model, tokenizer, [[6]], 1, 3, temperature=0)     # 0 is an ordinary token here
+    assert result.response_mask.sum() == 3 and result.finished.tolist() == [False]
+
+
+def test_the_default_stops_are_stop_token_ids_and_an_argument_replaces_them():
+    model = chain_model(CHAIN)
+    model.generation_config.eos_token_id = [5, 3]
+    assert responses(rollout.generate(model, SMALL, [[1], [4], [6]], 1, 4, temperature=0)) == [[2, 3], [5], [0]]
+    result = rollout.generate(model, SMALL, [[1], [4]], 1, 4, temperature=0, stop_ids=[2])
+    assert responses(result) == [[2], [5, 5, 5, 5]]
+
+
+# ---- errors
+
+@pytest.mark.parametrize("damage", [math.nan, 3e38])                             # 3e38: logits overflow to infinity
+def test_damaged_weights_stop_with_a_floating_point_error(damage):
+    for temperature in (1.0, 0):
+        model = tiny_model("llama untied")
+        with torch.no_grad():
+            model.lm_head.weight.mul_(damage)
+        with pytest.raises(FloatingPointError, match="not finite"):
+            rollout.generate(model, TOKENIZER, [[1, 2]], 2, 3, temperature)
+
+
+def test_logits_that_turn_nan_in_a_later_step_are_noticed():
+    model = chain_model(CHAIN)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3] = math.nan                           # "c", the second token after "a"
+    assert responses(rollout.generate(model, SMALL, [[1]], 1, 2, temperature=0)) == [[2, 3]]
+    with pytest.raises(FloatingPointError, match="not finite"):
+        rollout.generate(model, SMALL, [[1]], 1, 3, temperature=0)
+
+
+@pytest.mark.parametrize("change", [
+    dict(prompts=[]), dict(group_size=0), dict(max_new_tokens=0), dict(max_sequences=0), dict(temperature=-0.5),
+    dict(temperature=math.nan)])
+def test_sizes_that_make_no_rollout_are_refused(change):
+    arguments = {**dict(prompts=[[1]], group_size=1, max_new_tokens=1, max_sequences=1, temperature=1.0), **change}
+    with pytest.raises(ValueError, match=f"got .*{next(iter(change.values())) or 0}"):
+        rollout.generate(chain_model(CHAIN), SMALL, **arguments)
+
+
+@pytest.mark.parametrize("empty", [[], ""])
+def test_an_empty_prompt_is_refused_by_its_index(empty):
+    with pytest.raises(ValueError, match="prompt 2 has no tokens"):
+        rollout.generate(chain_model(CHAIN), SMALL, [[1], "ab", empty, [2]], 1, 2)
