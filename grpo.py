@@ -15,7 +15,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 # Shapes: Q questions, G responses each, B = Q·G, P prompt tokens, T response tokens, V vocabulary, d hidden size
-LOGITS_AT_ONCE = 2 ** 26                # float32 logits that exist at one time: 256 MiB, whatever V is
+LOGITS_AT_ONCE = 2 ** 26   # logits per chunk, whatever V is: 256 MiB in float32, up to four such tensors in the backward
 
 
 def group_advantages(rewards):
@@ -62,9 +62,9 @@ def _token_logprobs(hidden, tokens, lm_head, temperature):
 
 def check_head(model):
     """ValueError if the model's logits are not lm_head(hidden): Eq. 7 and `response_logprobs` take π = softmax(W h)."""
-    for name, neutral in (("final_logit_softcapping", None), ("logit_scale", 1), ("logits_scaling", 1)):
-        value = getattr(model.config, name, None)
-        if value not in (None, neutral):
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
+        value = getattr(model.config.get_text_config(), name, None)
+        if value not in (None, 1):
             raise ValueError(f"the model changes its logits after the lm_head ({name} = {value}), so that they are not "
                              f"W h as Eq. 7 needs: choose a model without it")
 

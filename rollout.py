@@ -143,10 +143,12 @@ def generate(model, tokenizer, prompts, group_size, max_new_tokens, temperature=
     prompts: strings (tokenised without special tokens) or lists of token ids. temperature 0 is greedy, and its
     log-probabilities are those of temperature 1. seed: an int for reproducible sampling on one machine, or None for
     torch's global generator. max_sequences bounds the rows whose KV cache exists at one time. stop_ids: default
-    `stop_token_ids`. Raises ValueError on bad sizes or an empty prompt, FloatingPointError on non-finite logits."""
+    `stop_token_ids`. Raises ValueError on bad sizes or an empty prompt, FloatingPointError on NaN or +inf logits."""
     if group_size < 1 or max_new_tokens < 1 or max_sequences < 1 or not temperature >= 0 or not prompts:
         raise ValueError(f"need at least one prompt, group_size, max_new_tokens, max_sequences >= 1 and temperature "
                          f">= 0, got {len(prompts)}, {group_size}, {max_new_tokens}, {max_sequences}, {temperature}")
+    if isinstance(prompts, str):
+        raise ValueError("prompts must be a list of strings or of token id lists, got a single string")
     prompts = [tokenizer(p, add_special_tokens=False).input_ids if isinstance(p, str) else list(p) for p in prompts]
     if not all(prompts):
         raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} has no tokens: there is nothing to continue")

@@ -470,6 +470,8 @@ def train(args):
         if not problems:
             fail(f"{args.data} is too small to hold out --eval-size {args.eval_size} problems: pass --eval-data")
     model = load_model(checkpoint or args.model, args.device)
+    if args.method in ("nthr", "random") and getattr(model.get_output_embeddings(), "bias", None) is not None:
+        fail(f"{args.model} adds a bias to its logits; Eq. 7 needs softmax(W h): choose another model or --method grpo")
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     reference = load_model(args.model, args.device, getattr(torch, args.dtype)) if args.kl_coef else None

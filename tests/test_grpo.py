@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, Qwen2Config
+from transformers import (AutoModelForCausalLM, CohereConfig, FalconH1Config, Gemma2Config, GPT2Config, GraniteConfig,
+                          LlamaConfig, PhiConfig, Qwen2Config)
 
 import grpo
 
@@ -127,9 +128,10 @@ def test_rewards_equal_up_to_rounding_give_exactly_zero_and_spare_other_groups(d
     assert result[2].tolist() == [1, -1, 1, -1]
 
 
-def test_a_small_but_real_difference_is_not_rounding():
-    result = grpo.group_advantages(torch.tensor([[1.0, 1.0 + 1e-5]]))
-    torch.testing.assert_close(result, torch.tensor([[-1.0, 1.0]]))
+@pytest.mark.parametrize("dtype, difference", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_a_small_but_real_difference_is_not_rounding(dtype, difference):
+    result = grpo.group_advantages(torch.tensor([[1.0, 1.0 + difference]], dtype=dtype))
+    torch.testing.assert_close(result, torch.tensor([[-1.0, 1.0]], dtype=dtype))
 
 
 @pytest.mark.parametrize("scale, dtype", [(1e30, torch.float32), (1e-30, torch.float32), (-2.5, torch.float32),
@@ -181,6 +183,15 @@ def test_random_selection_never_touches_a_correct_row_even_if_told_to():
     selected[0, :3] = True
     chosen = grpo.random_selection(selected, SELECTION_MASK, SELECTION_CORRECT, torch.Generator().manual_seed(0))
     assert not chosen[0].any()
+
+
+def test_random_selection_counts_right_in_a_mask_with_holes():
+    mask = torch.tensor([[0, 1, 0, 0, 1, 1, 0, 1]]).bool()
+    selected = torch.tensor([[0, 1, 0, 0, 0, 1, 0, 0]]).bool()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        chosen = grpo.random_selection(selected, mask, torch.tensor([False]), generator)
+        assert chosen.sum() == 2 and not (chosen & ~mask).any()
 
 
 def test_random_selection_is_uniform_over_the_valid_tokens():
@@ -260,13 +271,16 @@ def test_gradients_of_all_parameters_equal_those_through_the_full_logits(kind, m
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_base_model_runs_once_and_the_lm_head_again_in_the_backward_pass(kind, monkeypatch):
     model = tiny_model(kind)
-    calls = {"base": 0, "head": 0}
+    calls, masks = {"base": 0, "head": 0}, []
     model.base_model.register_forward_hook(lambda *_: calls.update(base=calls["base"] + 1))
+    model.base_model.register_forward_pre_hook(lambda _, args, kwargs: masks.append(kwargs.get("attention_mask")),
+                                               with_kwargs=True)
     model.get_output_embeddings().register_forward_hook(lambda *_: calls.update(head=calls["head"] + 1))
     ids, mask, P = ragged_batch([5, 2, 3], [4, 6, 2])
     monkeypatch.setattr(grpo, "LOGITS_AT_ONCE", 61 * 5)
     loss = grpo.response_logprobs(model, ids, mask, P).sum()
     assert calls == {"base": 1, "head": 3}                                      # 12 tokens in chunks of 5
+    assert masks[0] is not None and masks[0].bool().equal(mask.bool())
     loss.backward()
     assert calls == {"base": 1, "head": 6}
 
@@ -353,10 +367,28 @@ def test_logprobs_are_float32_and_sum_to_one_in_a_bfloat16_model():
     assert abs(result.double().exp().sum().item() - 1) < 1e-5                   # bfloat16 would be off by 1e-3
 
 
-def test_a_model_that_changes_its_logits_after_the_lm_head_is_scored_right_or_refused():
+@pytest.mark.parametrize("config, option, value", [
+    (Gemma2Config, "final_logit_softcapping", 2.0), (Gemma2Config, "final_logit_softcapping", None),
+    (GraniteConfig, "logits_scaling", 8.0), (GraniteConfig, "logits_scaling", 1.0),
+    (CohereConfig, "logit_scale", 0.25), (CohereConfig, "logit_scale", 1.0)])
+def test_a_model_that_changes_its_logits_after_the_lm_head_is_refused_and_no_other(config, option, value):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(Gemma2Config(
-        vocab_size=61, head_dim=8, final_logit_softcapping=2.0, **SIZES)).eval()
+    model = AutoModelForCausalLM.from_config(config(vocab_size=61, head_dim=8, **{option: value}, **SIZES)).eval()
+    ids, mask, P = ragged_batch([4, 4], [3, 3])
+    with torch.no_grad():
+        expected = torch.stack(naive_logprobs(model, ids, mask, P))
+        if value in (None, 1.0):
+            torch.testing.assert_close(grpo.response_logprobs(model, ids, mask, P), expected, atol=2e-4, rtol=1e-4)
+        else:
+            with pytest.raises(ValueError, match=f"{option} = {value}"):
+                grpo.response_logprobs(model, ids, mask, P)
+
+
+def test_a_model_that_multiplies_its_logits_under_another_name_is_scored_right_or_refused():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FalconH1Config(
+        vocab_size=61, head_dim=8, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8,
+        lm_head_multiplier=0.25, **SIZES)).eval()
     ids, mask, P = ragged_batch([4, 4], [3, 3])
     with torch.no_grad():
         expected = torch.stack(naive_logprobs(model, ids, mask, P))
@@ -365,6 +397,16 @@ def test_a_model_that_changes_its_logits_after_the_lm_head_is_scored_right_or_re
         except ValueError:
             return
     torch.testing.assert_close(result, expected, atol=2e-4, rtol=1e-4)
+
+
+def test_a_head_with_a_bias_is_scored_with_it():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(PhiConfig(vocab_size=61, **SIZES)).eval()
+    with torch.no_grad():
+        model.lm_head.bias.normal_(0, 3)
+        ids, mask, P = ragged_batch([4, 4], [3, 3])
+        torch.testing.assert_close(grpo.response_logprobs(model, ids, mask, P),
+                                   torch.stack(naive_logprobs(model, ids, mask, P)), atol=2e-4, rtol=1e-4)
 
 
 # ---- token_weights, grpo_loss

@@ -123,6 +123,13 @@ def test_prompts_are_left_padded_and_each_is_repeated_for_its_group():
     assert responses(result) == [[2, 3]] * 2 + [[5, 5]] * 2
 
 
+def test_a_prompt_that_holds_the_pad_token_keeps_it():
+    model = chain_model({0: 6, **CHAIN, 6: 7})                                  # pad = EOS = 0: "f" follows it
+    result = rollout.generate(model, SMALL, [[4, 0], [0], [4, 4, 4]], 1, 2, temperature=0)
+    assert result.prompt_mask.tolist() == [[False, True, True], [False, False, True], [True] * 3]
+    assert responses(result) == [[6, 7], [6, 7], [5, 5]]
+
+
 def test_responses_are_padded_with_the_pad_token_or_0_without_one():
     for pad, expected in (("o", 15), (None, 0)):
         tokenizer = byte_level_tokenizer("abcdefghijklmno", pad_token=pad)
@@ -162,6 +169,14 @@ def test_texts_leave_out_special_tokens_wherever_they_stand_and_padding():
     result = rollout.generate(model, tokenizer, [[3], [9]], 1, 7, temperature=0)
     assert responses(result) == [[4, 14, 2, 5, 1], [9] * 7]                     # im_end stops, think does not
     assert result.texts == ["b c", "g" * 7] and result.finished.tolist() == [True, False]
+
+
+def test_texts_end_where_the_response_ends_even_if_id_0_is_an_ordinary_token():
+    tokenizer = byte_level_tokenizer("bcdefghijklmno", specials=("a",), eos_token="o", pad_token="o")
+    result = rollout.generate(chain_model({1: 2, 2: 14, 4: 5, 5: 5}), tokenizer, [[1], [4]], 1, 5, temperature=0,
+                              stop_ids=[14])
+    assert tokenizer.decode([0]) == "a" and responses(result) == [[2, 14], [5] * 5]
+    assert result.texts == ["c", "fffff"]
 
 
 # ---- greedy decoding equals transformers' generate
@@ -285,6 +300,19 @@ def test_decoding_ends_with_the_last_row():
     shapes = forward_shapes(model)
     rollout.generate(model, SMALL, [[1]], 4, 50, temperature=0)
     assert shapes == [(1, 1), (4, 1), (4, 1)]
+
+
+def test_the_progress_bar_ends_at_its_total_the_number_of_sampled_tokens(monkeypatch):
+    bars = []
+
+    class Bar(rollout.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            bars.append(self)
+
+    monkeypatch.setattr(rollout, "tqdm", Bar)
+    rollout.generate(chain_model(CHAIN), SMALL, [[1], [4], [2], [6]], 3, 5, temperature=0, max_sequences=5)
+    assert [(bar.n, bar.total) for bar in bars] == [(33, 33)]                   # 3 rows each of 3, 5, 2 and 1 tokens
 
 
 def test_no_more_than_max_sequences_rows_and_only_their_prompts_are_decoded_together():
@@ -422,13 +450,23 @@ def test_damaged_weights_stop_with_a_floating_point_error(damage):
             rollout.generate(model, TOKENIZER, [[1, 2]], 2, 3, temperature)
 
 
+def test_one_infinite_logit_of_one_row_is_noticed():
+    model = chain_model(CHAIN)
+    with torch.no_grad():
+        model.lm_head.weight[5, 4] = 3e38                                       # times √32 it overflows, after "d" only
+    assert responses(rollout.generate(model, SMALL, [[1]], 1, 1, temperature=0)) == [[2]]
+    for temperature in (0, 1.0):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            rollout.generate(model, SMALL, [[1], [4]], 1, 1, temperature)
+
+
 def test_logits_that_turn_nan_in_a_later_step_are_noticed():
     model = chain_model(CHAIN)
     with torch.no_grad():
         model.model.embed_tokens.weight[3] = math.nan                           # "c", the second token after "a"
-    assert responses(rollout.generate(model, SMALL, [[1]], 1, 2, temperature=0)) == [[2, 3]]
+    assert responses(rollout.generate(model, SMALL, [[1], [4]], 1, 2, temperature=0)) == [[2, 3], [5, 5]]
     with pytest.raises(FloatingPointError, match="not finite"):
-        rollout.generate(model, SMALL, [[1]], 1, 3, temperature=0)
+        rollout.generate(model, SMALL, [[1], [4]], 1, 3, temperature=0)
 
 
 @pytest.mark.parametrize("change", [
