@@ -1,89 +1,106 @@
 r"""Rule-based reward for mathematical answers: 1 if the last \boxed{...} equals the gold answer.
 
-An answer is cut into tokens and parsed by recursive descent into a number or a form (list, tuple,
-interval, matrix, union, relation); forms are compared part by part. Numbers are exact Fractions,
-and floats or complex after a root, pi or e. A letter stands for fixed generic numbers, positive in
-trial 0 and negative in trial 1, so (x+1)^2 is x^2+2x+1, and \sqrt{x^2} is |x| but not x (later
-trials count where both sides are real). What has no value must have the same tokens.
+An answer is cut into tokens and parsed by recursive descent into a number or a Form (list, tuple, interval, matrix,
+union, relation, unit, text); Forms are compared part by part. Numbers are exact Fractions, and floats or complex after
+a root, pi or e. A letter stands for fixed generic numbers of either sign and order, so (x+1)^2 is x^2+2x+1 and
+\sqrt{x^2} is |x| but not x. What has no value must have the same tokens, or the same words.
 
-Accepted: any spelling of a fraction, decimal, mixed number or power; 1,000 for 1000; a name in
-front (x = 5 for 5); any order in lists, sets and unions; a \pm b for a+b, a-b (the signs of one
-element change together); terms moved across "="; units and %, unless two units differ.
-Refused: rounded decimals, 50\% for 0.5, a tuple for a list, 12_5 for 12, a repeated list element.
-Limits: over MAX_CHARS characters, nested over MAX_DEPTH deep, over MAX_STEPS atoms or with numbers
-over MAX_BITS bits, only the text is compared; over MAX_UNORDERED elements, only in order. \log
-has base 10, 1/2x is (1/2)x, infinity is a letter, and up to three letters are mostly a product.
+Accepted: any spelling of a fraction, decimal, mixed number, power or root; 1,000 for 1000; a name in front (x = 5
+for 5); any order in lists, sets and unions; a \pm b for a+b, a-b; terms moved across "="; x > 2 for (2,\infty);
+units and %, unless both answers have a unit and the units differ.
+Refused: rounded decimals, 50\% for 0.5, a tuple for a list, 12_5 for 12, a repeated list element, arithmetic with
+infinity, a longer text that contains the answer.
+Limits: answers of over MAX_CHARS characters, MAX_DEPTH levels, MAX_STEPS atoms or numbers over MAX_BITS bits are
+compared as text, lists of over MAX_UNORDERED elements in order. \log has base 10, 1/2x is (1/2)x, and up to three
+letters are a product.
 """
 
 import cmath
 import math
 import zlib
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from types import SimpleNamespace as Form  # kind: any (order), row, rel, unit, text; tag; items
 
 MAX_CHARS, MAX_DEPTH, MAX_STEPS, MAX_BITS = 1000, 20, 2000, 8000
 MAX_UNORDERED, MAX_BRACES = 40, 100_000
 TOLERANCE = 1e-11  # relative, between values that are not both rational
+TRIALS = 4  # sets of generic numbers for the letters
+
+EXACT = (int, Fraction)
 DIGITS = "0123456789"
-REWRITES = [pair.split("|") for pair in (
-    r"\\|\cr ", r"\! |", r"\!|", r"\,| ", r"{,}|,", r"{:}|:", r"^{\circ}| ", r"^\circ| ",
-    r"**|^", r"<=|≤", r">=|≥", r"'|^\prime ", r"\left.|", r"\right.|")]
-UNICODE = str.maketrans(dict(zip("−–×÷·π√½¼¾°∞²³±′θα\u00a0\u2009", (
-    r"-|-|*|/|*|\pi |\sqrt |\frac12 |\frac14 |\frac34 | |\infty |^2|^3|\pm |'|\theta |\alpha "
-    r"| | ").split("|"))))
-DROPPED = set("left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle quad qquad degree "
-              "boxed fbox framebox hline $ % ; : ( ) [ ]".split()) | {" ", "\n", "\0"}
-TEXT = set("text mbox textbf textit textrm mathrm mathbf mathit mathbb rm bf operatorname".split())
+SUPERSCRIPTS = {char: f"\1{plain}\2" for char, plain in zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", DIGITS + "-")}
+UNICODE = str.maketrans(SUPERSCRIPTS | {
+    "−": "-", "–": "-", "×": "*", "÷": "/", "·": "*", "π": r"\pi ", "√": r"\sqrt ", "½": r"\frac12 ",
+    "¼": r"\frac14 ", "¾": r"\frac34 ", "°": " ", "∞": r"\infty ", "±": r"\pm ", "′": "'", "θ": r"\theta ",
+    "α": r"\alpha ", "\u00a0": " ", "\u2009": " ", "€": "", "£": "", "¢": "", "ℝ": r"(-\infty,\infty)"})
+REWRITES = [  # in this order
+    ("\\\\", "\\cr "), ("\2\1", ""), ("\1", "^{"), ("\2", "}"), (r"\! ", ""), (r"\!", ""), (r"\,", " "), (r"\;", " "),
+    (r"\ ", " "), (r"\text{,}", ","), ("{,}", ","), ("{:}", ":"), ("^ ", "^"), (" ^", "^"), (r"^{\circ}", " "),
+    (r"^\circ", " "), ("**", "^"), ("<=", "≤"), (">=", "≥"), ("'", r"^\prime "), (r"\left.", ""), (r"\right.", ""),
+    (r"\bar", r"\overline"), (".}", "}"), (r"\mathbb{R}", r"(-\infty,\infty)"), (r"\mathbb R", r"(-\infty,\infty)")]
+REWRITES += [(f"\\{edge}{{{kind}}}", f"\\{edge}matrix ") for edge in ("begin", "end")
+             for kind in ("pmatrix", "bmatrix", "matrix", "array")]
+DROPPED = {" ", "\n", "\0"} | set(
+    "left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle quad qquad degree angle boxed fbox framebox hline "
+    "$ % : ( ) [ ]".split())
+TEXT = set("text mbox textbf textit textrm mathrm mathbf mathit rm bf operatorname".split())
 ALIASES = dict(pair.split("@") for pair in (
-    r"dfrac@\frac tfrac@\frac cfrac@\frac dbinom@\binom cdot@* times@* ast@* div@/ le@≤ leq@≤ "
-    r"leqslant@≤ ge@≥ geq@≥ geqslant@≥ lt@< gt@> ne@≠ neq@≠ in@∈ approx@≈ equiv@≡ pmod@: bmod@: "
-    r"mod@: colon@: to@→ rightarrow@→ cup@∪ pm@± mp@∓ emptyset@∅ varnothing@∅ lbrace@\{ rbrace@\} "
-    r"lbrack@[ rbrack@] langle@( rangle@) lvert@| rvert@| vert@| lg@\log bar@\overline").split())
-FUNCTIONS = {"\\" + name: getattr(cmath, name) for name in "sin cos tan exp sinh cosh tanh".split()}
-FUNCTIONS |= {
-    "\\arcsin": cmath.asin, "\\arccos": cmath.acos, "\\arctan": cmath.atan, "\\ln": cmath.log,
-    "\\log": cmath.log10, "\\cot": lambda z: 1 / cmath.tan(z), "\\sec": lambda z: 1 / cmath.cos(z),
-    "\\csc": lambda z: 1 / cmath.sin(z)}
-PLAIN = {name[1:]: name for name in FUNCTIONS} | {  # names also read without backslash
-    "sqrt": "\\sqrt", "pi": "\\pi", "infinity": "\\infty", "and": ",", "or": ","}
+    r"dfrac@\frac tfrac@\frac cfrac@\frac dbinom@\binom tbinom@\binom cdot@* times@* ast@* div@/ le@≤ leq@≤ "
+    r"leqslant@≤ ge@≥ geq@≥ geqslant@≥ lt@< gt@> ne@≠ neq@≠ in@∈ equiv@≡ colon@: cup@∪ pm@± mp@∓ "
+    r"emptyset@∅ varnothing@∅ lbrace@\{ rbrace@\} lbrack@[ rbrack@] langle@( rangle@) lvert@| rvert@| vert@| "
+    r"lg@\log").split())
+FUNCTIONS = {f"\\{name}": getattr(cmath, name) for name in "sin cos tan exp sinh cosh tanh".split()} | {
+    "\\arcsin": cmath.asin, "\\arccos": cmath.acos, "\\arctan": cmath.atan, "\\ln": cmath.log, "\\log": cmath.log10,
+    "\\cot": lambda z: 1 / cmath.tan(z), "\\sec": lambda z: 1 / cmath.cos(z), "\\csc": lambda z: 1 / cmath.sin(z)}
 CONSTANTS = {"\\pi": math.pi, "e": math.e, "i": 1j}
-SCALES = {'"hundred': 100, '"thousand': 10**3, '"million': 10**6, '"billion': 10**9}
-UNITS = {name: group.split()[0] for group in (
-    "cm centimeter centimetre|mm millimeter|km kilometer kilometre|m meter metre|in inch inches|ft "
-    "foot feet|yd yard|mi mile|kg kilogram|g gram|mg|lb pound|oz ounce|s sec second|min minute|h "
-    "hr hour|day|week|month|year|l liter litre|ml milliliter|^ degree deg percent unit|rad radian"
-    "|dollar|cent|2 square sq|3 cubic|/ per|mph|people|k|c|f|n|j|w|v|hz|erg").split("|")
-    for name in group.split()}
-RELATIONS = set("=<>≤≥≠∈≈≡:→") | {"\\setminus", "\\subset", "\\subseteq", "\\mid", "\\mapsto"}
-LEVELS = dict.fromkeys(RELATIONS, 1) | {  # how tightly an operator binds; 2x binds like 2*x
-    "∪": 2, "+": 3, "-": 3, "±": 3, "∓": 3, "*": 4, "/": 4}
-MIRROR = str.maketrans("<>≤≥:→∈", "><≥≤\0\0\0")  # 1<x is x>1, but 1:2 is not 2:1
-CLOSERS = {"(": ")]", "[": ")]", "{": "}", "|": "|", "\\{": ["\\}"],
-           "\\lfloor": ["\\rfloor"], "\\lceil": ["\\rceil"]}
-UNIT_END = {",", ")", "]", "\\}", "=", "*", "&", "\\cr", "\\end", "\\endv"}
-NOT_NAMES = {"\\frac", "\\sqrt", "\\binom", *FUNCTIONS, *CONSTANTS}
-NO_VALUE = {"\\" + name for name in (  # commands that do not stand for one number
-    "overline dot ddot ldots dots cdots implies iff Rightarrow lim int sum prod land lor neg cap "
-    "circ forall exists perp parallel min max gcd det choose").split()}
-NOT_FACTORS = {"\\}", "\\rfloor", "\\rceil", "\\end", "\\endv", "\\cr", "\\{"} | RELATIONS
+LETTERS = {"\\" + name for name in (
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau "
+    "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar prime").split()}
+PLAIN = {name[1:]: name for name in (*FUNCTIONS, "\\sqrt", "\\pi")} | {  # names also read without backslash
+    "infinity": "\\infty", "and": ",", "or": ","}
+UNITS = {name: group.split()[0] for group in (  # each group is one unit
+    "cm centimeter centimetre|mm millimeter|km kilometer kilometre|m meter metre|in inch inches|ft foot feet|yd yard|"
+    "mi mile|kg kilogram|g gram|mg|lb pound|oz ounce|s sec second|min minute|h hr hour|day|week|month|year|l liter "
+    "litre|ml milliliter|deg degree|percent|unit|rad radian|dollar usd|cent|2 square sq|3 cubic|-1 / per|mph|people|"
+    "children|men|women|cup|old|erg|k|c|f|n|j|w|v|hz").split("|") for name in group.split()}
+NOT_UNITS = {"less", "minus", "plus", "times", "yes", "dozens", "hundreds", "thousands", "millions", "billions"}
+RELATIONS = set("=<>≤≥≠∈≡:") | {"\\to", "\\mid", "\\setminus", "\\subset", "\\mapsto"}
+MIRROR = str.maketrans("<>≤≥", "><≥≤")
+CLOSERS = {"(": ")]", "[": ")]", "{": "}", "|": "|", "\\{": ["\\}"], "\\lfloor": ["\\rfloor"], "\\lceil": ["\\rceil"]}
+FACTORS = {"(", "[", "{", "\\frac", "\\sqrt", "\\binom", "\\lfloor", "\\lceil", "\\pi", *FUNCTIONS, *LETTERS}
+NOT_NAMES = {"\\frac", "\\sqrt", "\\binom", "\\infty", *FUNCTIONS, *CONSTANTS}
+
+
+@dataclass
+class Form:
+    """What is not one number. Computing with it raises TypeError."""
+
+    kind: str  # "any" (order: list, set, union), "row" (in order: tuple, interval, matrix), "relation", "unit", "text"
+    tag: object  # brackets, relation signs, unit or text: equal Forms have equal tags
+    items: list
+    name: str = ""  # of a relation such as x=5, whose
+    solution: object = None  # may stand alone
+    has_letter: bool = True
+
+
+INFINITY, MINUS_INFINITY = Form("text", "\\infty", []), Form("text", "-\\infty", [])
 
 
 def extract_answer(response):
     r"""Return the content of the last \boxed, \fbox or \framebox of `response`, or None.
 
-    The last box is the one that begins last: of nested boxes, the inner one. A box without braces
-    holds the text up to the next space or $. None: no box, the last one never closes or holds over
-    MAX_BRACES closing braces, or `response` is not a str. Raises nothing.
+    The last box is the one that begins last: of nested boxes, the inner one. A box without braces holds the text up
+    to the next space or $. None: no box, the last one never closes or holds over MAX_BRACES closing braces, or
+    `response` is not a str. Raises nothing.
     """
     if not isinstance(response, str):
         return None
-    start, name = max((response.rfind(box), box) for box in ("\\boxed", "\\fbox", "\\framebox"))
-    rest = response[start + len(name):].lstrip() if start >= 0 else ""
+    start = max(map(response.rfind, ("\\boxed", "\\fbox", "\\framebox")))
+    rest = response[start:].partition("ox")[2].removeprefix("ed").lstrip() if start >= 0 else ""
     if not rest.startswith("{"):
         return next(iter(rest.split("$")[0].split(maxsplit=1)), None)
-    # Escaped braces are text: hide them behind as many spaces.
-    visible = rest.replace("\\\\", "  ").replace("\\{", "  ").replace("\\}", "  ")
+    visible = rest.replace("\\\\", "  ").replace("\\{", "  ").replace("\\}", "  ")  # escaped braces are text
     depth = end = 0
     for piece in visible.split("}", MAX_BRACES)[:-1]:
         depth += piece.count("{") - 1
@@ -103,27 +120,33 @@ def _run(text, start, characters):
 def _number(text, start, in_brackets):
     r"""Read 12, 1,000, 1 000, .5, 0.\overline{3} or 5.3e-9: return its exact value and its end."""
     end = _run(text, start, DIGITS)
-    whole, mark, decimals = text[start:end], text[end], 0
+    digits, mark, decimals, period = text[start:end], text[end], "", ""
     if mark == " " or mark == "," and text[start - 1] != "," and not in_brackets:
         groups = text[start:_run(text, start, DIGITS + mark)].rstrip(mark).split(mark)
-        if len(groups[0]) < 4 and groups[0][:1] > "0" and all(len(g) == 3 for g in groups[1:]):
-            whole, end = "".join(groups), start + len(mark.join(groups))
-    value = int(whole or "0")
+        if len(groups[0]) < 4 and groups[0][:1] > "0" and all(len(group) == 3 for group in groups[1:]):
+            digits, end = "".join(groups), start + len(mark.join(groups))
     if text[end] == ".":
-        stop = _run(text, end + 1, DIGITS)
-        decimals = stop - end - 1
-        value, end = Fraction(int(whole + text[end + 1:stop] or "0"), 10**decimals), stop
+        decimals, end = text[end + 1:_run(text, end + 1, DIGITS)], _run(text, end + 1, DIGITS)
+    value = Fraction(int(digits + decimals or "0"), 10 ** len(decimals))
     if text.startswith("\\overline{", end):
-        stop = _run(text, end + 10, DIGITS)
-        if text[stop] == "}" and text[stop - 1] != "{":
-            period = 10**decimals * (10**(stop - end - 10) - 1)
-            value, end = value + Fraction(int(text[end + 10:stop]), period), stop + 1
+        period = text[end + 10:_run(text, end + 10, DIGITS)]
+        if period and text[end + 10 + len(period)] == "}":
+            value += Fraction(int(period), 10 ** len(decimals) * (10 ** len(period) - 1))
+            end += len(period) + 11
     stop = _run(text, end + 1 + (text[end + 1] in "+-"), DIGITS)
     if text[end] in "eE" and text[stop - 1] in DIGITS:
-        if stop - end > 5 or abs(int(text[end + 1:stop])) > 999:
+        if stop - end > 4:
             return text[start:stop], stop  # too large to evaluate
         value, end = value * Fraction(10) ** int(text[end + 1:stop]), stop
     return (value if value.denominator > 1 else value.numerator), end
+
+
+def _is_word(word, in_text, last):
+    """Tell whether a run of letters after the token `last` is a word or unit rather than a product of letters."""
+    after_value = not isinstance(last, str) or last in ("}", ")", "/", "\\pi") or last[:1] == '"'
+    return (in_text and len(word) > 1 or len(word) > 3 or word == "no"
+            or len(word) == 3 and (word.istitle() or not set(word).isdisjoint("eou"))
+            or after_value and word.lower() in UNITS and (in_text or len(word) > 1 and word != "mg"))
 
 
 @lru_cache(maxsize=4096)
@@ -132,54 +155,59 @@ def _tokens(text):
     text = text if text.isascii() else text.translate(UNICODE)
     for old, new in REWRITES:
         text = text.replace(old, new)
-    text = text.strip().rstrip(" \t\r\n$.,;:") + "\0\0"
+    text = text.removesuffix("\\cr ").strip().rstrip(" \t\r\n$.,;:\\") + "\0\0"
     tokens, i, text_end, brackets = [], 0, -1, 0
     while i < len(text) - 2:
-        char, stop, count, last = text[i], i + 1, len(tokens), tokens[-1] if tokens else ""
+        char, stop, last = text[i], i + 1, tokens[-1] if tokens else ""
+        while (char.isalpha() or char == "\\") and text[stop].isalpha():
+            stop += 1
+        name = text[i:stop]
         if char in DIGITS or char == "." and text[stop] in DIGITS:
-            one_digit = char != "." and (  # \frac12 is 1/2
-                last == "\\frac" or tokens[-2:-1] == ["\\frac"] and last != "{")
+            one_digit = char != "." and (last == "\\frac" or tokens[-2:-1] == ["\\frac"] and last != "{")  # \frac12
             value, stop = (int(char), stop) if one_digit else _number(text, i, brackets > 0)
             tokens.append(value)
-        elif char.isalpha() or char == "\\":
-            while text[stop].isalpha():
-                stop += 1
-            stop = max(stop, i + 2) if char == "\\" else stop
-            name = text[i + (char == "\\"):stop]
-            word, in_text = name.lower(), i < text_end
-            after_value = not isinstance(last, str) or last in ("}", ")", "/") or last[:1] == '"'
-            if char == "\\" and name in TEXT:
-                stop = _run(text, stop, " ")
-                close = text.find("}", stop)
-                if text[stop] == "{" and "{" not in text[stop + 1:close]:
-                    stop, text_end = stop + 1, close
-            elif char == "\\" and name in ("begin", "end"):
-                close = text.find("}", stop) + 1
-                kind, stop = text[stop:close], max(stop, close)
-                if name == "begin" and kind == "{array}":
-                    stop = max(stop, text.find("}", stop) + 1)  # the column types
-                tokens.append("\\" + name + "v" * ("v" in kind))
-            elif char == "\\":
-                tokens.extend(() if name in DROPPED else [ALIASES.get(name, "\\" + name)])
-            elif word in PLAIN:
-                tokens.append(PLAIN[word])
-            elif (in_text and len(word) > 1 or len(word) > 3 or word == "no"
-                  or len(word) == 3 and (name.istitle() or set(word) & set("eou"))
-                  or after_value and word in UNITS and (in_text or len(word) > 1 and word != "mg")):
-                tokens.append('"' + word)
+        elif char.isalpha():
+            if name.lower() in PLAIN:
+                tokens.append(PLAIN[name.lower()])
+            elif _is_word(name, i < text_end, last):
+                tokens.append('"' + name.lower())
+                stop += text[stop] == "."  # sq. cm
             else:
                 tokens.extend(name)
+        elif char == "\\":
+            stop = max(stop, i + 2)
+            name = text[i + 1:stop]
+            if name in TEXT:
+                start = _run(text, stop, " ")
+                close = text.find("}", start)
+                if text[start] == "{" and "{" not in text[start + 1:close]:
+                    stop, text_end = start + 1, close
+            elif name == "cr":
+                if text.startswith("[", stop + 1):
+                    stop = text.find("]", stop) + 1 or stop  # \\[4pt]
+                if last != "\\cr":
+                    tokens.append("\\cr")
+            elif name not in DROPPED:
+                tokens.append(ALIASES.get(name, "\\" + name))
+                brackets += (name == "{") - (name == "}")
         elif char not in " \t\r\n\v\f$%~" and i != text_end:
             tokens.append(char)
-        if len(tokens) > count:
-            brackets += (tokens[-1] in ("(", "[", "\\{")) - (tokens[-1] in (")", "]", "\\}"))
+            brackets += (char in "([") - (char in ")]")
         i = stop
     return tuple(token for k, token in enumerate(tokens) if token != "," or tokens[k - 1] != ",")
 
 
+def _words(text):
+    r"""Return the lower-case letters of an answer that consists of words, as in \text{II only}, else an empty str."""
+    for name in TEXT:
+        text = text.replace("\\" + name + "{", "")
+    text = "".join(char for char in text.replace("\\ ", "") if char not in ' {}$~."')
+    return text.casefold() if len(text) > 1 and text.isalpha() else ""
+
+
 def _checked(value):
     """Return a number if it is not too large, without a part that is rounding noise."""
-    if isinstance(value, (int, Fraction)):
+    if isinstance(value, EXACT):
         if value.numerator.bit_length() + value.denominator.bit_length() > MAX_BITS:
             raise OverflowError("number too large")
         return value.numerator if value.denominator == 1 else value
@@ -192,27 +220,7 @@ def _checked(value):
 
 
 def _divide(top, bottom):
-    exact = isinstance(top, int) and isinstance(bottom, int)
-    return _checked(Fraction(top, bottom) if exact else top / bottom)
-
-
-def _power(base, exponent):
-    """Return base**exponent, exactly if it is rational."""
-    exact = isinstance(exponent, (int, Fraction))
-    if base == 0 and not (exact and exponent > 0):
-        raise ZeroDivisionError("0 to a power that is not positive")
-    if exact and isinstance(base, (int, Fraction)) and exponent.denominator < 100:
-        index, root = exponent.denominator, Fraction(base)
-        if index > 1 and base > 0:
-            root = Fraction(*(round(n ** (1 / index)) for n in root.as_integer_ratio()))
-        if root ** index == base:
-            if max(map(abs, root.as_integer_ratio())).bit_length() * abs(exponent) > MAX_BITS:
-                raise OverflowError("power too large")
-            return _checked(root ** exponent.numerator)
-    value = _checked(base ** exponent)
-    if value == 0:
-        raise OverflowError("underflow")
-    return value
+    return _checked(Fraction(top, bottom) if isinstance(top, EXACT) and isinstance(bottom, EXACT) else top / bottom)
 
 
 def _factorial(value):
@@ -220,11 +228,17 @@ def _factorial(value):
     return math.factorial(value) if small else math.gamma(value + 1)
 
 
+def _binomial(n, k):
+    return _divide(_factorial(n), _checked(_factorial(k) * _factorial(n - k)))
+
+
+@lru_cache(maxsize=4096)
 def _generic(name, trial):
-    """Return the number that `name` stands for: positive in trial 0, negative in trial 1."""
-    negative = trial == 1 or trial == 2 and sum(name.encode()) % 2
-    code = zlib.crc32(f"{name} {trial}".encode())
-    return Fraction(code % 99991 + 50021, -100003 if negative else 100003)
+    """Return the number that `name` stands for: trial 0 all positive, 1 all negative, then reversed, signs mixed."""
+    code = zlib.crc32(name.encode("utf-8", "replace"))
+    size = code % 99991 + 50021  # that is, from 0.5 to 1.5
+    negative = trial == 1 or trial > 1 and code >> trial & 1
+    return Fraction((200006 - size if trial > 1 else size) * (-1 if negative else 1), 100003)
 
 
 class _Parser:
@@ -232,8 +246,8 @@ class _Parser:
 
     def __init__(self, tokens, trial):
         self.tokens, self.trial = (*tokens, "", "", ""), trial
-        self.position = self.depth = self.steps = self.bars = 0
-        self.upper, self.has_sign, self.has_letter = True, False, False
+        self.position = self.depth = self.steps = self.bars = self.letters = 0
+        self.upper, self.has_sign, self.has_branch = True, False, False
 
     def accept(self, tokens):
         """Step over the next token and return it, if it is one of `tokens`."""
@@ -243,61 +257,82 @@ class _Parser:
         self.position += 1
         return token
 
-    def expect(self, tokens):
-        if not self.accept(tokens):
-            raise ValueError("unexpected token")
-
     def elements(self, expand=True):
         r"""Read elements between commas; with `expand`, an element with \pm gives two."""
         items = []
         while not items or self.accept(","):
             start = self.position
-            items.append(self.expression())
+            items.append(self.relation())
             if expand and self.has_sign:
                 self.position, self.upper = start, False
-                items.append(self.expression())
+                items.append(self.relation())
                 self.upper, self.has_sign = True, False
+        named = [item for item in items if isinstance(item, Form) and item.name]
+        if len({item.name for item in named}) > 1:  # x=1, y=2 is not 1, 2
+            for item in named:
+                item.name = ""
         return items
 
-    def expression(self, floor=0):
-        """Read an operand and the operators that bind more tightly than `floor`."""
-        start, value = self.position, self.operand()
-        while True:
-            mark = self.tokens[self.position]
-            level = LEVELS.get(mark, 4 if self.at_factor(mark) else 0)
-            if floor < 3 and str(mark)[:1] == '"' and mark not in SCALES:
-                value = self.with_unit(value)
-            elif level <= floor:
-                return value
-            elif level > 2:  # a sign stays: a-b is a plus -b
-                self.position += mark in ("*", "/")
-                right = self.expression(level)
-                value = (_divide(value, right) if mark == "/" else
-                         _checked(value + right if level == 3 else value * right))
-            else:
-                if getattr(value, "level", 0) != level:  # else a chain such as 1<x<2 goes on
-                    named = mark in "=∈≈" and _is_name(self.tokens[start:self.position])
-                    value = Form(kind="rel" if level == 1 else "any", tag="", items=[value],
-                                 level=level, named=named)
-                self.position += 1
-                value.tag += mark
-                value.items.append(self.expression(level))
+    def relation(self):
+        """Read unions between relation signs; note what x=5, x in [0,1] or 0<x<=1 says about its name."""
+        start, items, names, tag = self.position, [self.union()], [], ""
+        while mark := self.accept(RELATIONS):
+            names.append(_name(self.tokens[start:self.position - 1]))
+            start, tag = self.position, tag + mark
+            items.append(self.union())
+        if not tag:
+            return items[0]
+        names.append(_name(self.tokens[start:self.position]))
+        if tag[0] in ">≥" or tag in ("=", "≠") and not names[0]:
+            tag, items, names = tag.translate(MIRROR)[::-1], items[::-1], names[::-1]
+        name, solution = names[0] if tag in ("=", "∈") else "", items[1]
+        if tag in ("<", "≤"):  # x<5 is -infinity<x<5
+            after = names[0] == ""
+            tag, items = (tag + "<", [*items, INFINITY]) if after else ("<" + tag, [MINUS_INFINITY, *items])
+            names = names if after else ["", *names]
+        if tag in ("<<", "<≤", "≤<", "≤≤"):
+            name, solution = names[1], Form("row", "(["[tag[0] == "≤"] + ")]"[tag[1] == "≤"], items[::2])
+        return Form("relation", tag, items, name, solution, self.letters > 0)
 
-    def with_unit(self, value):
-        """Read the unit that follows a number: words, "/" and powers."""
-        names = []
-        while (token := self.tokens[self.position]) and token not in UNIT_END:
-            word = str(token).strip('"')
-            number = isinstance(token, int)
-            name = "" if number else UNITS.get(word) or UNITS.get(word.removesuffix("s"), "")
-            power = (number or word == "-") and self.tokens[self.position - 1] in ("^", "{", "-")
-            plural = word[-1:] == "s" and '"' + word[:-1] not in SCALES
-            if not (name or power or plural or word in ("^", "{", "}")):
-                raise ValueError("not a unit")
-            names.append(name or word)
+    def union(self):
+        items = [self.sum()]
+        while self.accept("∪"):
+            items.append(self.sum())
+        return items[0] if len(items) == 1 else Form("any", "∪", items)
+
+    def sum(self):
+        """Read a sum and its unit, such as "cm", "/", "s" or any plural."""
+        value, units = self.product(), []
+        while self.tokens[self.position] in ("+", "-", "±", "∓"):
+            value = _checked(value + self.product())  # which reads the sign
+        while isinstance(token := self.tokens[self.position], str) and (units or token[:1] == '"'):
+            word = token.strip('"')
+            singular = word.removesuffix("s")
+            is_plural = not units and len(word) > 3 and word != singular and word not in NOT_UNITS
+            if not is_plural and word not in UNITS and singular not in UNITS:
+                break
+            units.append(UNITS.get(word) or UNITS.get(singular, word))
             self.position += 1
-        tag = sorted(name for name in names if name not in "^{}")
-        return Form(kind="unit", tag=tag, items=[_checked(value)]) if tag else value
+            units += [str(self.atom(is_argument=True))] if self.accept("^") else []
+            self.accept("*")
+        return Form("unit", sorted(units), [], "unit", _checked(value)) if units else value
+
+    def product(self):
+        value = self.operand()
+        while True:
+            mark = self.accept("*/")
+            if not mark and not self.at_factor():
+                return value
+            right = self.operand()
+            value = _divide(value, right) if mark == "/" else _checked(value * right)
+
+    def at_factor(self):
+        """Tell whether the next token multiplies what precedes it, as in 2x or 2^3 5^2, but not in 2 3."""
+        token = self.tokens[self.position]
+        if not isinstance(token, str):
+            return (isinstance(self.tokens[self.position - 1], str)
+                    or self.tokens[self.position - 2] == "^" == self.tokens[self.position + 1])
+        return token.isalpha() or token in FACTORS or token == "|" and not self.bars
 
     def operand(self):
         """Read signs, an atom and its powers and factorial."""
@@ -305,33 +340,38 @@ class _Parser:
         while sign := self.accept("+-±∓"):
             self.has_sign |= sign in "±∓"
             negative ^= sign == ("∓" if self.upper else "±") or sign == "-"
+        if self.accept(["\\infty"]):
+            return MINUS_INFINITY if negative else INFINITY
         value = self.atom()
+        if self.tokens[self.position] == "_" and isinstance(value, int):
+            value = self.letter(str(value))  # 12_5 is a name: digits in base 5
         while mark := self.accept("^!"):
             if mark == "^":
                 minus = self.accept("+-") == "-"
-                exponent = self.argument()
-                value = _power(value, -exponent if minus else exponent)
+                exponent = self.atom(is_argument=True)
+                value = self.power(value, -exponent if minus else exponent)
             else:
                 value = _checked(_factorial(value))
             if self.tokens[self.position] == mark:
                 raise ValueError("double power or factorial")
         return -value if negative else value
 
-    def at_factor(self, token):
-        """Tell whether `token` multiplies what precedes it, as in 2x, but not in 2 3."""
-        if not isinstance(token, str):
-            return isinstance(self.tokens[self.position - 1], str)
-        return (token.isalpha() or token in ("(", "[", "{") or token in SCALES
-                or token == "|" and not self.bars or token[:1] == "\\" and token not in NOT_FACTORS)
+    def power(self, base, exponent):
+        """Return base**exponent; note a complex root, of which another spelling may have another branch."""
+        if base == 0 and not (isinstance(exponent, EXACT) and exponent > 0):
+            raise ZeroDivisionError("0 to a power that is not positive")
+        if isinstance(base, EXACT) and isinstance(exponent, int):
+            if max(map(abs, base.as_integer_ratio())).bit_length() * abs(exponent) > MAX_BITS:
+                raise OverflowError("power too large")
+            return _checked(Fraction(base) ** exponent)
+        value = _checked(base ** exponent)
+        if value == 0 != base:
+            raise OverflowError("underflow")
+        self.has_branch |= isinstance(value, complex) and not isinstance(exponent, int)
+        return value
 
-    def argument(self):
-        """Read the argument of a TeX command: a number by itself, or an atom."""
-        if isinstance(self.tokens[self.position], str):
-            return self.atom()
-        self.position += 1
-        return self.tokens[self.position - 1]
-
-    def atom(self):
+    def atom(self, is_argument=False):
+        r"""Read a number, letter, command with its arguments or group; the argument of a command is no mixed number."""
         self.depth += 1
         self.steps += 1
         if self.depth > MAX_DEPTH or self.steps > MAX_STEPS:
@@ -339,197 +379,186 @@ class _Parser:
         token = self.tokens[self.position]
         self.position += 1
         if not isinstance(token, str):
-            based = self.tokens[self.position] == "_"  # 12_5 is a name: digits in base 5
-            value = self.name(str(token)) if based else self.mixed(token)
+            value = token if is_argument or isinstance(token, Fraction) else self.mixed(token)
         elif token in CLOSERS:
             value = self.group(token)
-        elif token in ("\\begin", "\\beginv"):
-            value = self.matrix(token)
+        elif token == "\\beginmatrix":
+            value = self.matrix()
         elif token == "\\frac":
-            value = _divide(self.argument(), self.argument())
+            value = _divide(self.atom(is_argument=True), self.atom(is_argument=True))
         elif token == "\\binom":
-            n, k = self.argument(), self.argument()
-            value = _divide(_factorial(n), _checked(_factorial(k) * _factorial(n - k)))
+            value = _binomial(self.atom(is_argument=True), self.atom(is_argument=True))
         elif token == "\\sqrt":
             index = self.group("[") if self.accept("[") else 2
-            value = self.argument()
+            value = self.atom(is_argument=True)
             odd = index % 2 and not isinstance(value, complex) and value < 0  # real, not principal
-            value = _power(-value if odd else value, _divide(1, index)) * (-1 if odd else 1)
+            value = self.power(-value if odd else value, _divide(1, index)) * (-1 if odd else 1)
         elif token in FUNCTIONS:
             value = self.function(token)
-        elif token in SCALES:
-            value = SCALES[token]
         elif token[:1] == '"':
-            value = Form(kind="text", tag=token, items=[])
             while self.tokens[self.position][:1] == '"':
-                value.tag += self.accept(self.tokens[self.position])
+                token += self.accept(self.tokens[self.position])
+            value = Form("text", token, [])
         elif token == "∅":
-            value = Form(kind="any", tag="", items=[])
+            value = Form("any", "", [])
         elif token in CONSTANTS and self.tokens[self.position] != "_":
             value = CONSTANTS[token]
-        elif token.isalpha() or token[:1] == "\\" and token not in NO_VALUE:
-            value = self.name(token)
+        elif token.isalpha() or token in LETTERS:
+            value = self.letter(token)
         else:
             raise ValueError("no value")
         self.depth -= 1
         return value
 
     def mixed(self, whole):
-        r"""Read what makes a number the whole part of a mixed number: 1\frac12 or 1 1/2."""
-        start, tokens = self.position, self.tokens[self.position:self.position + 2]
-        if not isinstance(whole, int) or tokens[0] != "\\frac" and (
-                not isinstance(tokens[0], int) or tokens[1] != "/"):
-            return whole
-        self.accept(["\\frac"])
-        top = self.argument()
-        self.accept("/")
-        bottom = self.argument()
-        if isinstance(top, int) and isinstance(bottom, int) and 0 < top < bottom:
-            return whole + Fraction(top, bottom)
+        r"""Return a mixed number, 1\frac12 or 1 1/2, if `whole` begins one, else `whole`."""
+        start, letters, part = self.position, self.letters, 0
+        top, mark, bottom = self.tokens[start:start + 3]
+        if top == "\\frac":
+            part = self.atom(is_argument=True)
+        elif isinstance(top, int) and mark == "/" and isinstance(bottom, int):
+            self.position += 3
+            part = _divide(top, bottom)
+        if isinstance(part, Fraction) and 0 < part < 1 and letters == self.letters:
+            return whole + part
         self.position = start
         return whole
 
     def group(self, token):
-        """Read up to the bracket that closes `token`: a list, tuple, interval, |x| or floor."""
+        r"""Read up to the bracket that closes `token`: a list, tuple, interval, |x|, floor or {a \over b}."""
         self.bars += token == "|"
         items = [] if self.tokens[self.position] == "\\}" else self.elements(token == "\\{")
         self.bars -= token == "|"
-        close = self.tokens[self.position]
-        self.expect(CLOSERS[token])
-        if token == "\\{":
-            return items[0] if len(items) == 1 else Form(kind="any", tag="", items=items)
-        if len(items) > 1 or token + close in ("(]", "[)"):
-            return Form(kind="row", tag=token + close, items=items)
+        if token == "{" and (mark := self.accept(["\\over", "\\choose"])):
+            items = [(_divide if mark == "\\over" else _binomial)(items[0], self.sum())]
+        close = self.accept(CLOSERS[token])
+        if not close:
+            raise ValueError("unclosed bracket")
+        ends = token + close
+        if len(items) != 1 or ends in ("(]", "[)"):
+            return Form("any", "", items) if token in ("{", "\\{") else Form("row", ends, items)
+        value = items[0]
+        if token == "\\{" and isinstance(value, Form) and value.kind == "any":
+            return Form("any", "", items)  # {5} is 5, but {∅} is not ∅
         if token == "|":
-            return abs(items[0])
+            return abs(value)
         if token in ("\\lfloor", "\\lceil"):
-            if self.has_letter:
-                return self.unknown(token, items)
-            return math.floor(items[0]) if token == "\\lfloor" else math.ceil(items[0])
-        return items[0]
+            rounded = math.floor if token == "\\lfloor" else math.ceil
+            # With letters, any function will do that distinguishes the two and gives equal values for equal arguments.
+            return _generic(f"{token} {complex(value):.9g}", self.trial) if self.letters else rounded(value)
+        return value
 
-    def matrix(self, token):
-        rows = [Form(kind="row", tag="", items=[])]
-        while not self.accept(("\\end", "\\endv")):
-            rows[-1].items.append(self.expression())
-            if self.accept(["\\cr"]) and self.tokens[self.position] not in ("\\end", "\\endv"):
-                rows.append(Form(kind="row", tag="", items=[]))
+    def matrix(self):
+        if self.accept("{"):  # the column types of an array
+            self.position = self.tokens.index("}", self.position) + 1
+        rows = [Form("row", "", [])]
+        while not self.accept(["\\endmatrix"]):
+            rows[-1].items.append(self.relation())
+            if self.accept(["\\cr"]) and self.tokens[self.position] != "\\endmatrix":
+                rows.append(Form("row", "", []))
             self.accept("&")
-        return Form(kind="row", tag=token, items=rows)
+        return Form("row", "matrix", rows)
 
-    def name(self, name):
-        """Read a subscript and an argument; return what the name or the unknown function is."""
-        self.has_letter = True
-        if self.accept("_"):
-            stop = self.position
-            if self.tokens[stop] == "{":
-                stop = self.tokens.index("}", stop)
-            name += "_" + "".join(map(str, self.tokens[self.position:stop + 1])).strip("{}")
+    def letter(self, name):
+        """Read a subscript or the argument of an unknown function, as a part of the name; return its number."""
+        self.letters += 1
+        while True:
+            start = self.position
+            mark, inner, close = self.tokens[start:start + 3]
+            if mark == "_" and inner != "":
+                stop = self.tokens.index("}", start) if inner == "{" else start + 1
+            elif mark == "(" and (name[0] in "fgh" or close == ")"):
+                stop = self.tokens.index(")", start)
+            else:
+                return _generic(name, self.trial)
+            name += mark + "".join(map(str, self.tokens[start + 1:stop + 1])).strip("{}()")
             self.position = stop + 1
-        call = self.tokens[self.position:self.position + 3]
-        if call[0] == "(" and (name[0] in "fgh" or call[2] == ")"):
-            self.position += 1
-            values = self.elements(expand=False)
-            self.expect(")")
-            return self.unknown(name, values)
-        return _generic(name, self.trial)
-
-    def unknown(self, name, values):
-        """Return some smooth function of the values."""
-        scale = result = float(_generic(name, self.trial))
-        for value in values:
-            result = scale + cmath.cos(result * (value + 1))
-        return _checked(result if result.imag else result.real)
 
     def function(self, name):
+        r"""Read and compute \sin^2 x, \log_2(8), \tan^{-1} 1 or \sin 2x."""
         base, power = math.e, 1
         if name == "\\log" and self.accept("_"):
-            name, base = "\\ln", self.argument()
+            name, base = "\\ln", self.atom(is_argument=True)
         if self.accept("^"):
-            power = self.argument()
+            power = self.atom(is_argument=True)
         if power == -1 and "\\arc" + name[1:] in FUNCTIONS:
             name, power = "\\arc" + name[1:], 1
         if self.tokens[self.position] in ("(", "[", "{"):
             value = self.atom()
         else:
             value = self.operand()
-            while (token := self.tokens[self.position]) not in FUNCTIONS and self.at_factor(token):
+            while self.tokens[self.position] not in FUNCTIONS and self.at_factor():
                 value = _checked(value * self.operand())
         result = _checked(FUNCTIONS[name](complex(value)) / cmath.log(base))
-        real = result.imag == 0 and not isinstance(value, complex)
-        return _power(result.real if real else result, power)
+        if not isinstance(value, complex):
+            self.has_branch |= result.imag != 0
+            result = result if result.imag else result.real
+        return self.power(result, power)
 
 
-def _is_name(tokens):
-    """Tell whether `tokens` up to a relation only name something: x_1, f(x), (x, y), AB, Area."""
+def _name(tokens):
+    """Return `tokens` as text if they only name something: x, x_1, f(x), (x,y), AB, Area; else an empty str."""
     first = next((token for token in tokens if token not in ("(", "{")), 0)
-    return isinstance(first, str) and first not in ("e", "i") and all(
+    is_name = isinstance(first, str) and first not in ("e", "i") and all(
         before in ("(", ",", "_", "{") if not isinstance(token, str) else
-        token.isalpha() or token in ("_", "{", "}", "(", ")", ",") or token[0] == '"'
-        or token[0] == "\\" and token not in NOT_NAMES
+        token.isalpha() or token in "_{}()," or token[0] == '"' or token[0] == "\\" and token not in NOT_NAMES
         for before, token in zip(("", *tokens), tokens))
+    return " ".join(map(str, tokens)) if is_name else ""
 
 
 @lru_cache(maxsize=4096)
 def _value(text, trial):
-    """Return the number or Form that `text` stands for, or None, and whether it has letters."""
+    """Return the number or Form that `text` stands for, or None; whether it has letters; whether complex roots."""
     parser = _Parser(_tokens(text), trial)
     try:
         items = parser.elements()
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-        return None, False
+        return None, False, False
     if parser.tokens[parser.position] != "":
-        return None, False
-    value = items[0] if len(items) == 1 else Form(kind="any", tag="", items=items)
-    return value, parser.has_letter
+        return None, False, False
+    return items[0] if len(items) == 1 else Form("any", "", items), parser.letters > 0, parser.has_branch
 
 
-def _close(a, b, trial):
-    """Tell whether two numbers are equal; in a later trial, only two real ones can differ."""
-    if isinstance(a, (int, Fraction)) and isinstance(b, (int, Fraction)):
+def _close(a, b):
+    """Tell whether two numbers are equal."""
+    if isinstance(a, EXACT) and isinstance(b, EXACT):
         return a == b
-    if trial > 0 and (isinstance(a, complex) or isinstance(b, complex)):
-        return True
     for value in (a, b):  # an exact value with a long denominator is a letter or a rounded decimal
         if isinstance(value, Fraction) and value.denominator > 10**6 and value.denominator % 100003:
             return False
-    try:
-        a, b = complex(a), complex(b)
-    except OverflowError:
-        return False  # an integer beyond all floats
+    a, b = complex(a), complex(b)
     noise = 1e-15 * max(abs(a), abs(b))
     return all(abs(p - q) <= noise + TOLERANCE * max(abs(p), abs(q))
                for p, q in ((a.real, b.real), (a.imag, b.imag)))
 
 
-def _same(a, b, trial):
+def _same(a, b):
     """Tell whether two numbers or Forms are equal."""
-    kinds = [getattr(form, "kind", "") for form in (a, b)]
-    if kinds[0] != kinds[1] and "rel" in kinds:
-        form, other = (a, b) if kinds[0] == "rel" else (b, a)
-        return form.named and all(_same(item, other, trial) for item in form.items[1:])
-    if "unit" in kinds:
-        if kinds[0] == kinds[1] and a.tag != b.tag:
-            return False
-        a, b = (form.items[0] if kind == "unit" else form for form, kind in zip((a, b), kinds))
-        return _same(a, b, trial)
+    kinds = [form.kind if isinstance(form, Form) else "" for form in (a, b)]
     if kinds == ["", ""]:
-        return _close(a, b, trial)
-    if kinds[0] != kinds[1] or len(a.items) != len(b.items):
+        return _close(a, b)
+    if kinds[0] != kinds[1]:
+        for form, other, kind in ((a, b, kinds[0]), (b, a, kinds[1])):
+            if kind in ("relation", "unit"):
+                return form.name != "" and _same(form.solution, other)
         return False
-    if a.tag == b.tag and all(_same(x, y, trial) for x, y in zip(a.items, b.items)):
-        return True
-    if a.kind == "rel" and a.tag[::-1].translate(MIRROR) == b.tag and all(
-            _same(x, y, trial) for x, y in zip(a.items, b.items[::-1])):
-        return True
-    if a.tag == b.tag == "=" and not any(hasattr(x, "kind") for x in a.items + b.items):
-        left, right = a.items[0] - a.items[1], b.items[0] - b.items[1]
-        return left != 0 and (_close(left, right, trial) or _close(left, -right, trial))
-    if a.kind != "any" or a.tag != b.tag or len(a.items) > MAX_UNORDERED:
+    if a.kind == "unit":
+        return a.tag == b.tag and _same(a.solution, b.solution)
+    if a.kind == "relation":
+        if a.name and a.name == b.name:
+            return _same(a.solution, b.solution)
+        if a.tag == b.tag == "=" and a.has_letter and b.has_letter and not any(
+                isinstance(item, Form) for item in a.items + b.items):
+            left, right = a.items[0] - a.items[1], b.items[0] - b.items[1]
+            return left != 0 and (_close(left, right) or _close(left, -right))
+    is_union = any(all(isinstance(item, Form) and item.kind == "relation" for item in form.items) for form in (a, b))
+    if len(a.items) != len(b.items) or a.tag != b.tag and not (is_union and a.kind == "any"):  # x<1 or x>2
         return False
+    if a.kind != "any" or len(a.items) > MAX_UNORDERED:
+        return all(map(_same, a.items, b.items))
     rest = list(b.items)
     for item in a.items:
-        match = next((k for k, other in enumerate(rest) if _same(item, other, trial)), None)
+        match = next((k for k, other in enumerate(rest) if _same(item, other)), None)
         if match is None:
             return False
         del rest[match]
@@ -538,12 +567,11 @@ def _same(a, b, trial):
 
 def _equal(answer, gold):
     """Tell whether two answers have the same value in all trials."""
-    for trial in range(3):
-        try:
-            (a, a_letters), (b, b_letters) = _value(answer, trial), _value(gold, trial)
-            if a is None or b is None or not _same(a, b, trial):
-                return trial > 0 and (a is None or b is None)
-        except (OverflowError, RecursionError):  # the latter only if the caller is already deep
+    for trial in range(TRIALS):
+        (a, a_letters, a_branch), (b, b_letters, b_branch) = _value(answer, trial), _value(gold, trial)
+        if a is None or b is None:
+            return trial > 0
+        if not (trial and (a_branch or b_branch) or _same(a, b)):
             return False
         if not (a_letters or b_letters):
             return True
@@ -553,26 +581,31 @@ def _equal(answer, gold):
 def is_equivalent(answer, gold):
     """Tell whether two answers, given as LaTeX or plain text, are the same (True or False).
 
-    Symmetric; True for any answer and itself unless nothing is left of it without spaces and
-    dollar signs; False if one of them is not a str. Raises nothing.
+    Symmetric; True for any answer and itself unless nothing is left of it without spaces and dollar signs; False if
+    one of them is not a str. Raises nothing.
     """
-    if not isinstance(answer, str) or not isinstance(gold, str):
+    try:
+        if not isinstance(answer, str) or not isinstance(gold, str):
+            return False
+        answer, gold = sorted((answer.strip(), gold.strip()))
+        if max(len(answer), len(gold)) > MAX_CHARS:
+            return bool(answer) and "".join(answer.split()) == "".join(gold.split())
+        if not _tokens(answer) or _tokens(answer) == _tokens(gold):
+            return _tokens(answer) != ()
+        if _equal(answer, gold):
+            return True
+        for a, b in ((answer, gold), (gold, answer)):  # 100,200,300 may also be a list, if b is one
+            if "," in a and not a.strip(DIGITS + ",") and ",0" not in a and b.strip(DIGITS + ","):
+                return _equal(a.replace(",", ", "), b)
+        return "\\" in answer + gold and _words(answer) == _words(gold) != ""
+    except (OverflowError, RecursionError):  # an integer beyond all floats; a caller that is already deep
         return False
-    answer, gold = sorted((answer.strip(), gold.strip()))
-    if max(len(answer), len(gold)) > MAX_CHARS:
-        return bool(answer) and "".join(answer.split()) == "".join(gold.split())
-    if not _tokens(answer) or _tokens(answer) == _tokens(gold):
-        return _tokens(answer) != ()
-    if _equal(answer, gold):
-        return True
-    for a, b in ((answer, gold), (gold, answer)):  # 100,200,300 may also be a list, if b is one
-        plain = set(DIGITS + ",")
-        if "," in a and set(a) <= plain and ",0" not in a and not set(b) <= plain:
-            return _equal(a.replace(",", ", "), b)
-    return False
 
 
 def math_reward(response, gold):
     """Return 1.0 if the last box of `response` is equivalent to `gold`, else 0.0."""
-    answer = extract_answer(response)
-    return float(answer is not None and is_equivalent(answer, gold))
+    try:
+        answer = extract_answer(response)
+        return float(answer is not None and is_equivalent(answer, gold))
+    except RecursionError:  # not even these calls fit below the caller
+        return 0.0

@@ -138,11 +138,11 @@ def check(args):
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.dtype == "auto":
         args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
-    try:
-        nthr_eta(0.5, args.eta)
-        torch.zeros(1, device=args.device)
-    except (ValueError, RuntimeError, AssertionError) as error:                # torch's own words for a bad device
-        fail(str(error).splitlines()[0])
+    for name, test in (("eta", lambda eta: nthr_eta(0.5, eta)), ("device", lambda device: torch.zeros(1, device=device))):
+        try:
+            test(getattr(args, name))
+        except (ValueError, RuntimeError, AssertionError) as error:
+            fail(f"--{name} {getattr(args, name)} cannot be used: {str(error).splitlines()[0][:200]}")
 
 
 def load_problems(source):
@@ -157,9 +157,11 @@ def load_problems(source):
             print(f"downloading {MATH_URL}")
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                torch.hub.download_url_to_file(MATH_URL, str(path))            # to a temporary file, moved when complete
-            except OSError as error:
-                fail(f"--data math needs the network once ({error}): fetch the file elsewhere and put it at {path}")
+                torch.hub.download_url_to_file(MATH_URL, str(path) + ".part")
+                json.loads(Path(str(path) + ".part").read_text(encoding="utf-8"))  # a cut connection raises nothing
+                Path(str(path) + ".part").replace(path)
+            except (OSError, ValueError) as error:
+                fail(f"--data math must be downloaded once, which failed ({error}): try again, or put the file at {path}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -169,7 +171,8 @@ def load_problems(source):
         try:
             return json.loads(json_text)
         except (ValueError, RecursionError) as error:                          # ValueError: bad JSON, huge integers
-            fail(f"{path}, line {first_line + getattr(error, 'lineno', 1) - 1}: not valid JSON: {error}")
+            line = first_line + getattr(error, "lineno", 1) - 1
+            fail(f"{path}, line {line}: not valid JSON: {getattr(error, 'msg', error)}")
 
     if text.lstrip().startswith("["):
         rows = [(f"item {i}", row) for i, row in enumerate(parse(text, 1), start=1)]
@@ -201,11 +204,11 @@ def answer_text(value):
 
 
 def load(auto_class, name, **options):
-    """from_pretrained of a Hugging Face id or folder, or one line; no code that comes with a model is ever run."""
+    """from_pretrained of a Hugging Face id or folder, or one line; no code that comes with a model is run."""
     transformers_logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)               # its retries are not news, their end is
     try:
-        return auto_class.from_pretrained(name, **options)
+        return auto_class.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:                                                 # whatever a stranger's files can raise
         fail(f"cannot load the model {name}: {' '.join(str(error).split())[:300]} (expected a Hugging Face id, or a "
              f"folder with config.json, safetensors weights and a tokenizer)")
@@ -229,6 +232,8 @@ def encode_prompts(problems, tokenizer, model, max_new_tokens):
     limit = getattr(model.config, "max_position_embeddings", math.inf)
     prompts = [encode_prompt(tokenizer, row["problem"]) for row in problems]
     longest = max(prompts, key=len)
+    if not min(prompts, key=len):
+        fail(f"the tokenizer of {tokenizer.name_or_path} makes no tokens of a problem: are its files complete?")
     if len(longest) + max_new_tokens > limit:
         problem = problems[prompts.index(longest)]["problem"]
         fail(f"the prompt of problem {problem[:60]!r} takes {len(longest)} tokens; with --max-new-tokens {max_new_tokens} "
@@ -473,7 +478,8 @@ def train(args):
     if args.method in ("nthr", "random") and getattr(model.get_output_embeddings(), "bias", None) is not None:
         fail(f"{args.model} adds a bias to its logits; Eq. 7 needs softmax(W h): choose another model or --method grpo")
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)    # its new name
+        enable({"use_reentrant": False})
     reference = load_model(args.model, args.device, getattr(torch, args.dtype)) if args.kl_coef else None
     prompts = encode_prompts(problems, tokenizer, model, args.max_new_tokens)
     eval_prompts = encode_prompts(eval_problems, tokenizer, model, args.max_new_tokens)
@@ -483,7 +489,10 @@ def train(args):
     if checkpoint:
         state = restore(optimizer, checkpoint, args)
     else:
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"--out {out} cannot be used as a folder: {error}")
         (out / "config.json").write_text(json.dumps(vars(args), indent=1))
         save_checkpoint(model, tokenizer, optimizer, state, args)
     if not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
@@ -492,7 +501,7 @@ def train(args):
         append(args, "metrics.jsonl", [{"step": 0, "eval_accuracy": accuracy}])
         print(f"step 0: greedy accuracy {accuracy:.1%} on {len(eval_problems)} problems")
 
-    interrupted = []                                                           # a second Ctrl-C stops at once
+    interrupted, diverged = [], False                                          # a second Ctrl-C stops at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda caught, _: (interrupted.append(caught), signal.signal(caught, signal.SIG_DFL)))
     bar = tqdm(range(state["step"] + 1, args.steps + 1), initial=state["step"], total=args.steps, desc=args.method)
