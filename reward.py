@@ -11,8 +11,8 @@ units and %, unless both answers have a unit and the units differ.
 Refused: rounded decimals, 50\% for 0.5, a tuple for a list, 12_5 for 12, a repeated list element, arithmetic with
 infinity, a longer text that contains the answer.
 Limits: answers of over MAX_CHARS characters, MAX_DEPTH levels, MAX_STEPS atoms or numbers over MAX_BITS bits are
-compared as text, lists of over MAX_UNORDERED elements in order. \log has base 10, 1/2x is (1/2)x, and up to three
-letters are a product.
+compared as text, lists of over MAX_UNORDERED elements in order. \log has base 10, 1/2x is (1/2)x, up to three letters
+are a product, any plural after a number is a unit, and (y,x)=(2,4) names (2,4).
 """
 
 import cmath
@@ -35,10 +35,11 @@ UNICODE = str.maketrans(SUPERSCRIPTS | {
     "¼": r"\frac14 ", "¾": r"\frac34 ", "°": " ", "∞": r"\infty ", "±": r"\pm ", "′": "'", "θ": r"\theta ",
     "α": r"\alpha ", "\u00a0": " ", "\u2009": " ", "€": "", "£": "", "¢": "", "ℝ": r"(-\infty,\infty)"})
 REWRITES = [  # in this order
-    ("\\\\", "\\cr "), ("\2\1", ""), ("\1", "^{"), ("\2", "}"), (r"\! ", ""), (r"\!", ""), (r"\,", " "), (r"\;", " "),
-    (r"\ ", " "), (r"\text{,}", ","), ("{,}", ","), ("{:}", ":"), ("^ ", "^"), (" ^", "^"), (r"^{\circ}", " "),
-    (r"^\circ", " "), ("**", "^"), ("<=", "≤"), (">=", "≥"), ("'", r"^\prime "), (r"\left.", ""), (r"\right.", ""),
-    (r"\bar", r"\overline"), (".}", "}"), (r"\mathbb{R}", r"(-\infty,\infty)"), (r"\mathbb R", r"(-\infty,\infty)")]
+    ("\\\\", "\\cr "), ("\\cr \\cr ", "\\cr "), ("\2\1", ""), ("\1", "^{"), ("\2", "}"), (r"\! ", ""), (r"\!", ""),
+    (r"\,", " "), (r"\;", " "), (r"\ ", " "), (r"\text{,}", ","), ("{,}", ","), ("{:}", ":"), ("^ ", "^"), (" ^", "^"),
+    (r"^{\circ}", " "), (r"^\circ", " "), ("**", "^"), ("<=", "≤"), (">=", "≥"), ("'", r"^\prime "), (r"\left.", ""),
+    (r"\right.", ""), (r"\bar", r"\overline"), (".}", "}"), (r"\mathbb{R}", r"(-\infty,\infty)"),
+    (r"\mathbb R", r"(-\infty,\infty)")]
 REWRITES += [(f"\\{edge}{{{kind}}}", f"\\{edge}matrix ") for edge in ("begin", "end")
              for kind in ("pmatrix", "bmatrix", "matrix", "array")]
 DROPPED = {" ", "\n", "\0"} | set(
@@ -76,12 +77,12 @@ NOT_NAMES = {"\\frac", "\\sqrt", "\\binom", "\\infty", *FUNCTIONS, *CONSTANTS}
 class Form:
     """What is not one number. Computing with it raises TypeError."""
 
-    kind: str  # "any" (order: list, set, union), "row" (in order: tuple, interval, matrix), "relation", "unit", "text"
+    kind: str  # "any" (order: list, set, union), "row" (tuple, interval, matrix), "relation", "unit" or "text"
     tag: object  # brackets, relation signs, unit or text: equal Forms have equal tags
     items: list
-    name: str = ""  # of a relation such as x=5, whose
-    solution: object = None  # may stand alone
-    has_letter: bool = True
+    name: str = ""  # what a relation such as x=5 names, if it does, or "unit"
+    solution: object = None  # what may stand alone: 5 of x=5, 5 of 5 cm
+    has_letter: bool = True  # 0=1 has none
 
 
 INFINITY, MINUS_INFINITY = Form("text", "\\infty", []), Form("text", "-\\infty", [])
@@ -144,7 +145,7 @@ def _number(text, start, in_brackets):
 def _is_word(word, in_text, last):
     """Tell whether a run of letters after the token `last` is a word or unit rather than a product of letters."""
     after_value = not isinstance(last, str) or last in ("}", ")", "/", "\\pi") or last[:1] == '"'
-    return (in_text and len(word) > 1 or len(word) > 3 or word == "no"
+    return (in_text and len(word) > 1 or len(word) > 3 or word in ("no", "II", "III", "IV")
             or len(word) == 3 and (word.istitle() or not set(word).isdisjoint("eou"))
             or after_value and word.lower() in UNITS and (in_text or len(word) > 1 and word != "mg"))
 
@@ -155,7 +156,8 @@ def _tokens(text):
     text = text if text.isascii() else text.translate(UNICODE)
     for old, new in REWRITES:
         text = text.replace(old, new)
-    text = text.removesuffix("\\cr ").strip().rstrip(" \t\r\n$.,;:\\") + "\0\0"
+    end = " \t\r\n$,;:\\" + "." * (".." not in text)  # a full stop, but not 0.333...
+    text = text.removesuffix("\\cr ").strip().rstrip(end) + "\0\0"
     tokens, i, text_end, brackets = [], 0, -1, 0
     while i < len(text) - 2:
         char, stop, last = text[i], i + 1, tokens[-1] if tokens else ""
@@ -185,8 +187,7 @@ def _tokens(text):
             elif name == "cr":
                 if text.startswith("[", stop + 1):
                     stop = text.find("]", stop) + 1 or stop  # \\[4pt]
-                if last != "\\cr":
-                    tokens.append("\\cr")
+                tokens.append("\\cr")
             elif name not in DROPPED:
                 tokens.append(ALIASES.get(name, "\\" + name))
                 brackets += (name == "{") - (name == "}")
@@ -259,14 +260,17 @@ class _Parser:
 
     def elements(self, expand=True):
         r"""Read elements between commas; with `expand`, an element with \pm gives two."""
-        items = []
+        items, outer = [], (self.upper, self.has_sign)
         while not items or self.accept(","):
             start = self.position
+            if expand:
+                self.upper, self.has_sign = True, False
             items.append(self.relation())
             if expand and self.has_sign:
                 self.position, self.upper = start, False
                 items.append(self.relation())
-                self.upper, self.has_sign = True, False
+        if expand:
+            self.upper, self.has_sign = outer
         named = [item for item in items if isinstance(item, Form) and item.name]
         if len({item.name for item in named}) > 1:  # x=1, y=2 is not 1, 2
             for item in named:
@@ -286,10 +290,10 @@ class _Parser:
         if tag[0] in ">≥" or tag in ("=", "≠") and not names[0]:
             tag, items, names = tag.translate(MIRROR)[::-1], items[::-1], names[::-1]
         name, solution = names[0] if tag in ("=", "∈") else "", items[1]
-        if tag in ("<", "≤"):  # x<5 is -infinity<x<5
-            after = names[0] == ""
-            tag, items = (tag + "<", [*items, INFINITY]) if after else ("<" + tag, [MINUS_INFINITY, *items])
-            names = names if after else ["", *names]
+        if tag in ("<", "≤") and names[0]:  # x<5 is -infinity<x<5
+            tag, items, names = "<" + tag, [MINUS_INFINITY, *items], ["", *names]
+        elif tag in ("<", "≤"):
+            tag, items = tag + "<", [*items, INFINITY]
         if tag in ("<<", "<≤", "≤<", "≤≤"):
             name, solution = names[1], Form("row", "(["[tag[0] == "≤"] + ")]"[tag[1] == "≤"], items[::2])
         return Form("relation", tag, items, name, solution, self.letters > 0)
@@ -315,7 +319,7 @@ class _Parser:
             self.position += 1
             units += [str(self.atom(is_argument=True))] if self.accept("^") else []
             self.accept("*")
-        return Form("unit", sorted(units), [], "unit", _checked(value)) if units else value
+        return Form("unit", sorted(units), [], "unit", value) if units else value
 
     def product(self):
         value = self.operand()
@@ -431,10 +435,9 @@ class _Parser:
         self.bars -= token == "|"
         if token == "{" and (mark := self.accept(["\\over", "\\choose"])):
             items = [(_divide if mark == "\\over" else _binomial)(items[0], self.sum())]
-        close = self.accept(CLOSERS[token])
-        if not close:
+        ends = token + self.accept(CLOSERS[token])
+        if ends == token:
             raise ValueError("unclosed bracket")
-        ends = token + close
         if len(items) != 1 or ends in ("(]", "[)"):
             return Form("any", "", items) if token in ("{", "\\{") else Form("row", ends, items)
         value = items[0]
@@ -534,14 +537,12 @@ def _close(a, b):
 
 def _same(a, b):
     """Tell whether two numbers or Forms are equal."""
-    kinds = [form.kind if isinstance(form, Form) else "" for form in (a, b)]
-    if kinds == ["", ""]:
+    kinds = [form.kind if isinstance(form, Form) else "number" for form in (a, b)]
+    if kinds == ["number", "number"]:
         return _close(a, b)
     if kinds[0] != kinds[1]:
-        for form, other, kind in ((a, b, kinds[0]), (b, a, kinds[1])):
-            if kind in ("relation", "unit"):
-                return form.name != "" and _same(form.solution, other)
-        return False
+        form, other = (a, b) if kinds[0] in ("relation", "unit") else (b, a)
+        return getattr(form, "name", "") != "" and _same(form.solution, other)
     if a.kind == "unit":
         return a.tag == b.tag and _same(a.solution, b.solution)
     if a.kind == "relation":
