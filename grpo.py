@@ -15,7 +15,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 # Shapes: Q questions, G responses each, B = Q·G, P prompt tokens, T response tokens, V vocabulary, d hidden size
-LOGITS_AT_ONCE = 2 ** 26   # logits per chunk, whatever V is: 256 MiB in float32, up to four such tensors in the backward
+LOGITS_AT_ONCE = 2 ** 26   # logits per chunk, whatever V is: 256 MiB in float32, at most four such tensors at once
 
 
 def group_advantages(rewards):

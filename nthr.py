@@ -132,8 +132,8 @@ def nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs=None, vocabular
             log_z = torch.logsumexp(logits, -1) if vocabulary == "all" else logits[row, y[c]] - log_pi[c]
             pi = torch.exp(logits - log_z[:, None])
             if pi.sum(-1).mean() > 1.2:                                        # V*_x ⊂ V: at most 1 up to rounding
-                raise ValueError("logprobs are not log softmax(lm_head · hidden / temperature) of these tokens (another "
-                                 "temperature, soft-capped logits, a head bias?): pass matching ones or None")
+                raise ValueError("logprobs are not log softmax(lm_head · hidden / temperature) of these tokens: pass "
+                                 "matching ones or None (another temperature, soft-capped logits, a head bias?)")
             pi[row, y[c]] -= 1
             return pi.neg_()
 

@@ -33,7 +33,7 @@ def logprobs_of(hidden, tokens, lm_head, temperature=1.0):
 
 
 def eq7(hidden, tokens, mask, correct, lm_head, columns=None, temperature=1.0):
-    """Eq. 7 in plain Python numbers, optionally with only some vocabulary columns kept and not renormalised (App. 7.4)."""
+    """Eq. 7 in plain Python numbers, optionally with only some vocabulary columns, not renormalised (App. 7.4)."""
     h, W = hidden.double().tolist(), lm_head.double().tolist()
     columns = range(len(W)) if columns is None else columns
     errors = {}
@@ -45,7 +45,8 @@ def eq7(hidden, tokens, mask, correct, lm_head, columns=None, temperature=1.0):
     for (j, l), error in errors.items():
         for (i, k), other in errors.items():
             if correct[i]:
-                scores[j, l] += (sum(a * b for a, b in zip(error, other)) * sum(a * b for a, b in zip(h[i][k], h[j][l])))
+                alpha = sum(a * b for a, b in zip(error, other))
+                scores[j, l] += alpha * sum(a * b for a, b in zip(h[i][k], h[j][l]))
     return scores
 
 
@@ -62,7 +63,7 @@ def test_pairwise_is_eq7_on_paper():
     hidden = torch.tensor([[[log3, 0.0]], [[0.0, log3]]], dtype=torch.float64)
     args = hidden, torch.tensor([[0], [1]]), torch.ones(2, 1, dtype=torch.bool), torch.tensor([True, False])
     close(nthr_scores_pairwise(*args, torch.eye(2, dtype=torch.float64)), torch.tensor([[log3 ** 2 / 8], [0.0]]), 1e-7)
-    hidden[1, 0] = torch.tensor([log3, 0.0])                                   # same state, other token: α = 1/4·(−3/4)·2
+    hidden[1, 0] = torch.tensor([log3, 0.0])                                   # same state, other token: α = −3/8
     close(nthr_scores_pairwise(*args, torch.eye(2, dtype=torch.float64)),
           torch.tensor([[log3 ** 2 / 8], [-3 / 8 * log3 ** 2]]), 1e-7)
 
@@ -190,7 +191,8 @@ def test_threshold_is_the_mean_self_influence_of_section_5():
 
 
 @pytest.mark.parametrize("rule, values", [("2|0.5-p|", [0.75, 0.0, 0.5]), ("p", [0.125, 0.5, 0.75]),
-                                          ("1-p", [0.875, 0.5, 0.25]), (0.3, [0.3] * 3), ("0.3", [0.3] * 3), (0, [0] * 3)])
+                                          ("1-p", [0.875, 0.5, 0.25]), (0.3, [0.3] * 3), ("0.3", [0.3] * 3),
+                                          (0, [0] * 3)])
 def test_eta_rules(rule, values):
     assert [nthr_eta(p, rule) for p in (0.125, 0.5, 0.75)] == pytest.approx(values)
 
@@ -304,7 +306,8 @@ def broken(name, value):
     ("mask", lambda x: x[1:], "mask must have shape"), ("correct", lambda x: x[1:], "correct must have shape"),
     ("correct", lambda x: x * 0.5, "correct must be bool or hold only 0 and 1, got 0.5"),
     ("correct", lambda x: torch.where(x, 1.0, -1.0), "correct must be bool"), ("mask", lambda x: x * 2, "mask must be"),
-    ("advantages", lambda x: x[:, :1], "advantages must have shape"), ("tokens", lambda x: x + 99, "tokens must be rows"),
+    ("advantages", lambda x: x[:, :1], "advantages must have shape"),
+    ("tokens", lambda x: x + 99, "tokens must be rows"),
     ("tokens", lambda x: x - 99, "tokens must be rows"), ("hidden", lambda x: x * math.nan, "hidden holds NaN"),
     ("hidden", lambda x: x * math.inf, "hidden holds NaN or infinite")])
 @pytest.mark.parametrize("all_correct", [False, True])

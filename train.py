@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +99,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     parser.set_defaults(**{name: pair[Path(args.model).resolve() != TINY] for name, pair in DEFAULTS.items()})
     out = args.resume if isinstance(args.resume, str) else args.out
-    out = out or f"runs/{Path(args.model).name}-{args.method}-seed{args.seed}"
+    out = out or f"runs/{Path(args.model).resolve().name}-{args.method}-seed{args.seed}"
     if args.resume:
         if not find_checkpoint(out) or not (Path(out) / "config.json").is_file():
             fail(f"--resume: {out} is no folder with a checkpoint: name the run's folder, or start without --resume")
@@ -107,7 +108,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.out = out
     for name in sorted(set(recorded) - set(MAY_CHANGE_ON_RESUME)):
-        if getattr(args, name) != recorded[name]:
+        if str(getattr(args, name)) != str(recorded[name]):
             fail(f"--resume continues with the run's own flags, but --{name.replace('_', '-')} {getattr(args, name)} "
                  f"is not its {recorded[name]}: leave the flag out, or start a new run")
     if not args.resume and (find_checkpoint(out) or (Path(out) / "metrics.jsonl").exists()):
@@ -122,7 +123,8 @@ def check(args):
             ("batch_size minibatch_size micro_batch_size steps max_new_tokens sampling_rounds max_sequences eval_size",
              "at least 1", lambda value: value >= 1),
             ("group_size", "at least 2, because advantages compare responses", lambda value: value >= 2),
-            ("kl_coef nll_coef eval_every save_every delta_every seed", "0 or more", lambda value: 0 <= value < math.inf),
+            ("kl_coef nll_coef eval_every save_every delta_every seed", "finite and at least 0",
+             lambda value: 0 <= value < math.inf),
             ("lr temperature", "finite and above 0", lambda value: 0 < value < math.inf),
             ("clip_eps max_grad_norm", "above 0", lambda value: value > 0),
             ("beta", "a real number or -inf", lambda value: value < math.inf)):
@@ -138,9 +140,9 @@ def check(args):
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.dtype == "auto":
         args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
-    for name, test in (("eta", lambda eta: nthr_eta(0.5, eta)), ("device", lambda device: torch.zeros(1, device=device))):
+    for name, usable in (("eta", lambda eta: nthr_eta(0.5, eta)), ("device", lambda name: torch.zeros(1, device=name))):
         try:
-            test(getattr(args, name))
+            usable(getattr(args, name))
         except (ValueError, RuntimeError, AssertionError) as error:
             fail(f"--{name} {getattr(args, name)} cannot be used: {str(error).splitlines()[0][:200]}")
 
@@ -160,8 +162,8 @@ def load_problems(source):
                 torch.hub.download_url_to_file(MATH_URL, str(path) + ".part")
                 json.loads(Path(str(path) + ".part").read_text(encoding="utf-8"))  # a cut connection raises nothing
                 Path(str(path) + ".part").replace(path)
-            except (OSError, ValueError) as error:
-                fail(f"--data math must be downloaded once, which failed ({error}): try again, or put the file at {path}")
+            except (OSError, ValueError, HTTPException) as error:
+                fail(f"--data math is downloaded once, which failed ({error}): try again, or put the file at {path}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -216,7 +218,7 @@ def load(auto_class, name, **options):
 
 def load_model(name, device, dtype=torch.float32):
     model = load(AutoModelForCausalLM, name, dtype=dtype, use_safetensors=True)
-    for module in model.modules():                                             # dropout would make π_θ differ from π_old
+    for module in model.modules():                                             # dropout would part π_θ from π_old
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
@@ -229,15 +231,15 @@ def load_model(name, device, dtype=torch.float32):
 
 
 def encode_prompts(problems, tokenizer, model, max_new_tokens):
-    limit = getattr(model.config, "max_position_embeddings", math.inf)
+    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
     prompts = [encode_prompt(tokenizer, row["problem"]) for row in problems]
     longest = max(prompts, key=len)
     if not min(prompts, key=len):
         fail(f"the tokenizer of {tokenizer.name_or_path} makes no tokens of a problem: are its files complete?")
     if len(longest) + max_new_tokens > limit:
         problem = problems[prompts.index(longest)]["problem"]
-        fail(f"the prompt of problem {problem[:60]!r} takes {len(longest)} tokens; with --max-new-tokens {max_new_tokens} "
-             f"that exceeds the model's context of {limit}: lower --max-new-tokens or leave the problem out")
+        fail(f"the prompt of problem {problem[:60]!r} takes {len(longest)} tokens; with --max-new-tokens "
+             f"{max_new_tokens} that exceeds the model's context of {limit}: lower it or leave the problem out")
     return prompts
 
 
@@ -327,8 +329,8 @@ def old_policy_pass(model, reference, rollout, rewards, args, step, timer):
                 for group, lp, h in zip(*(x.split(args.group_size) for x in (rows, logprobs, hidden))):
                     mask, A = rollout.response_mask[group, :t], advantages[group, :t]
                     result = nthr_advantages(
-                        A, h, rollout.response_ids[group, :t], mask, correct[group], lm_head, logprobs=lp, beta=args.beta,
-                        eta=args.eta, vocabulary=args.nthr_vocab, temperature=args.temperature)
+                        A, h, rollout.response_ids[group, :t], mask, correct[group], lm_head, logprobs=lp,
+                        beta=args.beta, eta=args.eta, vocabulary=args.nthr_vocab, temperature=args.temperature)
                     advantages[group, :t] = result.advantages
                     if args.method == "random":
                         chosen = random_selection(result.selected, mask, correct[group], generator)
@@ -349,7 +351,7 @@ def update(model, optimizer, rollout, rewards, old, ref, advantages, args, state
 
     An update with a non-finite loss or gradient is skipped; state["nonfinite"] counts how many in a row."""
     correct, mask, G = rewards.flatten().to(args.device) == 1, rollout.response_mask, args.group_size
-    model.train(args.gradient_checkpointing)                                   # transformers recomputes in train mode only
+    model.train(args.gradient_checkpointing)                                   # recomputation works in train mode only
     done = []
     minibatches = torch.arange(len(rewards)).tensor_split(args.batch_size // args.minibatch_size)
     for rows in (group_rows(groups, G) for groups in minibatches if len(groups)):
@@ -478,7 +480,7 @@ def train(args):
     if args.method in ("nthr", "random") and getattr(model.get_output_embeddings(), "bias", None) is not None:
         fail(f"{args.model} adds a bias to its logits; Eq. 7 needs softmax(W h): choose another model or --method grpo")
     if args.gradient_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)    # its new name
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # old name
         enable({"use_reentrant": False})
     reference = load_model(args.model, args.device, getattr(torch, args.dtype)) if args.kl_coef else None
     prompts = encode_prompts(problems, tokenizer, model, args.max_new_tokens)
@@ -493,17 +495,24 @@ def train(args):
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             fail(f"--out {out} cannot be used as a folder: {error}")
-        (out / "config.json").write_text(json.dumps(vars(args), indent=1))
+        flags = {name: str(value) if value == -math.inf else value for name, value in vars(args).items()}
+        (out / "config.json").write_text(json.dumps(flags, indent=1))
         save_checkpoint(model, tokenizer, optimizer, state, args)
     if not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
-        (out / "samples.jsonl").unlink(missing_ok=True)                        # of a first evaluation that was cut short
+        (out / "samples.jsonl").unlink(missing_ok=True)                        # of an evaluation that was cut short
         accuracy = evaluate(model, tokenizer, eval_problems, eval_prompts, args, 0)
         append(args, "metrics.jsonl", [{"step": 0, "eval_accuracy": accuracy}])
         print(f"step 0: greedy accuracy {accuracy:.1%} on {len(eval_problems)} problems")
 
-    interrupted, diverged = [], False                                          # a second Ctrl-C stops at once
+    interrupted, diverged = [], False
+
+    def interrupt(number, _):
+        interrupted.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        tqdm.write("finishing this step, then saving; once more stops at once, at the last checkpoint")
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda caught, _: (interrupted.append(caught), signal.signal(caught, signal.SIG_DFL)))
+        signal.signal(number, interrupt)
     bar = tqdm(range(state["step"] + 1, args.steps + 1), initial=state["step"], total=args.steps, desc=args.method)
     for step in bar:
         timer = Timer()
@@ -535,9 +544,10 @@ def train(args):
             break
     bar.close()
     if diverged:
-        fail(f"three updates in a row had a non-finite loss or gradient; {args.out}/checkpoint holds the last good weights")
-    if interrupted:
-        print(f"stopped after step {step}; continue with: python train.py --resume {args.out}")
+        fail(f"three updates in a row had a non-finite loss or gradient; the last good weights are in "
+             f"{args.out}/checkpoint: start again from there with a lower --lr")
+    if interrupted and state["step"] < args.steps:
+        print(f"stopped after step {state['step']}; continue with: python train.py --resume {args.out}")
         sys.exit(130)
     print(f"done: metrics in {args.out}/metrics.jsonl, the model in {args.out}/checkpoint")
 
@@ -547,3 +557,5 @@ if __name__ == "__main__":
         train(parse_args())
     except FloatingPointError as error:
         fail(error)
+    except KeyboardInterrupt:
+        fail("interrupted before the first step")
