@@ -48,7 +48,7 @@ def random_selection(selected, mask, correct, generator):
 
     selected (B, T) bool from `nthr_advantages`, mask (B, T) bool, correct (B,) bool. Returns (B, T) bool, uniform
     over the valid tokens of the incorrect responses."""
-    candidates = mask & ~correct[:, None]
+    candidates = mask.bool() & ~correct.bool()[:, None]
     keys = torch.rand(mask.shape, generator=generator, device=generator.device).to(mask.device)
     rank = keys.masked_fill(~candidates, 2.0).argsort(dim=1).argsort(dim=1)    # 0 = smallest key of the row
     return (rank < selected.sum(1, keepdim=True)) & candidates
@@ -79,6 +79,8 @@ def response_logprobs(model, ids, attention_mask, prompt_length, temperature=1.0
     The base model runs once. The lm_head is applied to a few tokens at a time and again in the backward pass, so a
     (B, T, V) tensor never exists. Raises ValueError where logits are not lm_head(hidden), see `check_head`."""
     check_head(model)
+    if prompt_length < 1:
+        raise ValueError(f"prompt_length must be at least 1 (its last state predicts token 1), got {prompt_length}")
     attention_mask = attention_mask.long()
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)                 # left padding takes no position
     states = model.base_model(input_ids=ids, attention_mask=attention_mask, position_ids=position_ids,
@@ -127,7 +129,8 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, group_size, clip_eps=0.2
     def mean(per_token):                                                       # (B, T) -> (), Eq. 1's normaliser
         return (per_token.masked_fill(~mask, 0.0).sum(1) * weights).sum()
 
-    ratio = torch.exp((logprobs - old_logprobs).masked_fill(~mask, 0.0))       # γ
+    # γ, at most e^20: beyond it exp overflows, and 0 · ∞ would put NaN where the clip makes the gradient 0.
+    ratio = torch.exp((logprobs - old_logprobs).masked_fill(~mask, 0.0).clamp(max=20))
     objective = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages)
     loss = -mean(objective)                                                    # Eq. 1
     clipped = torch.where(advantages > 0, ratio > 1 + clip_eps, ratio < 1 - clip_eps) & (advantages != 0)

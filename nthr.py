@@ -66,9 +66,12 @@ def _check_group(hidden, tokens, mask, correct, lm_head):
     return mask, correct
 
 
-def _wide(x):
-    """At least float32, whatever the input: half-precision sums over thousands of tokens are noise."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _accumulator(*tensors):
+    """The widest of their dtypes and float32: half-precision sums over thousands of tokens are noise."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
 
 
 @torch.no_grad()
@@ -78,7 +81,8 @@ def nthr_scores_pairwise(hidden, tokens, mask, correct, lm_head):
     Arguments and result as `nthr_scores` with vocabulary="all"; float64 input is scored and returned in float64."""
     mask, correct = _check_group(hidden, tokens, mask, correct, lm_head)
     with torch.autocast(hidden.device.type, enabled=False):
-        h, W = _wide(hidden), _wide(lm_head)                                   # (G, T, d), (V, d)
+        dtype = _accumulator(hidden, lm_head)
+        h, W = hidden.to(dtype), lm_head.to(dtype)                             # (G, T, d), (V, d)
         errors = {}                                                            # (i, k) -> e_y − π(·|x, y_<k), (V,)
         for i, k in mask.nonzero().tolist():
             errors[i, k] = -torch.softmax(W @ h[i, k], dim=-1)
@@ -103,7 +107,8 @@ def nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs=None, vocabular
     logprobs (G, T): the old policy's log π(tokens) at this temperature. "responses" then costs O(T |V*_x| d);
         without it the softmax normaliser costs one pass over V. "all" has every logit anyway and ignores it.
     Returns (G, T) float32: s⁻ on incorrect rows, s⁺ on correct rows, 0 on padding; accumulated in float32 or wider.
-    Raises ValueError on wrong shapes, ids, non-finite hidden states, or logprobs that lm_head cannot have produced."""
+    Raises ValueError on wrong shapes or ids, non-finite numbers, and logprobs that make probabilities over V*_x clearly
+    exceed 1; logprobs that are off in another way (such as another temperature) can go unnoticed."""
     mask, correct = _check_group(hidden, tokens, mask, correct, lm_head)
     if vocabulary not in ("all", "responses") or not temperature > 0 or chunk_size < 1:
         raise ValueError(f'vocabulary must be "all" or "responses", temperature > 0 and chunk_size >= 1, got '
@@ -116,32 +121,37 @@ def nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs=None, vocabular
     chunks = torch.arange(len(y), device=y.device).split(chunk_size)
     positive = correct[:, None].expand_as(mask)[mask].nonzero()[:, 0]          # which of the N tokens are in a y⁺_i
     with torch.autocast(hidden.device.type, enabled=False):
-        W = _wide(lm_head) if vocabulary == "all" or logprobs is None else None
+        dtype = _accumulator(hidden, lm_head)
+        W = lm_head.to(dtype) if vocabulary == "all" or logprobs is None else None
         if vocabulary == "responses":
             if logprobs is None:
-                log_pi = torch.cat([torch.log_softmax(_wide(h[c]) @ W.T / temperature, -1).gather(1, y[c, None])[:, 0]
-                                    for c in chunks])                          # (N,)
+                log_pi = torch.cat([torch.log_softmax(h[c].to(dtype) @ W.T / temperature, -1)
+                                    .gather(1, y[c, None])[:, 0] for c in chunks])     # (N,)
             else:
-                log_pi = logprobs[mask]
+                log_pi = logprobs[mask].to(dtype)
             columns, y = torch.unique(y, return_inverse=True)                  # V*_x (U,), y as indices into it
-            W = _wide(lm_head[columns])                                        # (U, d)
+            W = lm_head[columns].to(dtype)                                     # (U, d)
+        mass = torch.zeros(len(y), dtype=dtype, device=y.device)               # (N,) Σ_v π(v) over the columns in use
 
         def prediction_error(c):                                               # e_y − π(·) of tokens c, (chunk, U)
             row = torch.arange(len(c), device=c.device)
-            logits = _wide(h[c]) @ W.T / temperature
+            logits = h[c].to(dtype) @ W.T / temperature
             log_z = torch.logsumexp(logits, -1) if vocabulary == "all" else logits[row, y[c]] - log_pi[c]
             pi = torch.exp(logits - log_z[:, None])
-            if pi.sum(-1).mean() > 1.2:                                        # V*_x ⊂ V: at most 1 up to rounding
-                raise ValueError("logprobs are not log softmax(lm_head · hidden / temperature) of these tokens: pass "
-                                 "matching ones or None (another temperature, soft-capped logits, a head bias?)")
+            mass[c] = pi.sum(-1)
             pi[row, y[c]] -= 1
             return pi.neg_()
 
         M = torch.zeros_like(W)                                                # M⁺ (U, d)
         for c in positive.split(chunk_size):
-            M += prediction_error(c).T @ _wide(h[c])
-        s = [((prediction_error(c) @ M) * _wide(h[c])).sum(-1) for c in chunks]    # (e_y − π)ᵀ M⁺ h
-        scores[mask] = torch.cat(s).float()
+            M.addmm_(prediction_error(c).T, h[c].to(dtype))
+        s = torch.cat([((prediction_error(c) @ M) * h[c].to(dtype)).sum(-1) for c in chunks])  # (e_y − π)ᵀ M⁺ h
+    if mass.mean() > 1.2:                                                      # V*_x ⊂ V: at most 1 up to rounding
+        raise ValueError("logprobs are not log softmax(lm_head · hidden / temperature) of these tokens: pass matching "
+                         "ones or None (another temperature, shifted hidden states, soft-capped logits, a head bias?)")
+    if not s.isfinite().all():
+        raise ValueError("scores are not finite: lm_head holds NaN or infinity, or its logits overflow")
+    scores[mask] = s.float()
     return scores
 
 
@@ -152,7 +162,7 @@ def nthr_threshold(scores, mask, correct, beta=1.0):
     if math.isnan(beta) or beta == math.inf:
         raise ValueError(f"beta must be a real number or -inf, got {beta}")
     lengths = mask.sum(-1)                                                     # (G,)
-    rows = correct.bool() & (lengths > 0)
+    rows = _binary("correct", correct) & (lengths > 0)
     if not rows.any():
         return scores.new_tensor(math.inf)
     if beta == -math.inf:                                                      # −∞ · 0 would be NaN
@@ -182,7 +192,7 @@ def nthr_advantages(advantages, hidden, tokens, mask, correct, lm_head, *, logpr
     nothing is modified in place. Groups with p = 0 or 1 come back unchanged. ValueError as in those functions."""
     if advantages.shape != tokens.shape:
         raise ValueError(f"advantages must have shape {tuple(tokens.shape)} like tokens, got {tuple(advantages.shape)}")
-    p = _binary("correct", correct).double().mean().item()                     # success rate N⁺/G
+    p = _binary("correct", correct).sum().item() / len(correct)                # success rate N⁺/G
     factor = nthr_eta(p, eta)
     if p in (0, 1):
         mask, _ = _check_group(hidden, tokens, mask, correct, lm_head)
@@ -199,12 +209,11 @@ def gwhes(scores, mask, correct):
 
     Higher = lazier. Returns a () tensor; 0 when p is 0 or 1, where every advantage is 0."""
     correct = _binary("correct", correct)
-    p = correct.double().mean()
+    p = correct.sum().item() / len(correct)
     if p in (0, 1):
         return scores.new_zeros(())
-    response = (scores.double() * mask).sum(-1)                                # (G,) Σ_k s of each response
-    contrast = p * response[~correct].sum() - (1 - p) * response[correct].sum()
-    return (contrast / (p * (1 - p)).sqrt()).to(scores.dtype)
+    response = (scores * mask).sum(-1)                                         # (G,) Σ_k s of each response
+    return (p * response[~correct].sum() - (1 - p) * response[correct].sum()) / math.sqrt(p * (1 - p))
 
 
 def _toy():

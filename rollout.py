@@ -99,12 +99,19 @@ def _sample(logits, temperature, generator):
     return token, logits.gather(1, token[:, None])[:, 0] - log_z
 
 
+class _Cache(DynamicCache):
+    """A KV cache that stores keys in the type of the values: under autocast, rotary embeddings make keys float32."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        return super().update(key_states.to(value_states.dtype), value_states, *args, **kwargs)
+
+
 def _decode(model, prompt_ids, prompt_mask, repeat, max_new_tokens, temperature, generator, stop_ids, bar):
     """Sample a response to prompt repeat[r] for each row r, all together.
 
     Returns tokens and logprobs (R, max_new_tokens), lengths and finished (R,)."""
     device = prompt_ids.device
-    cache = DynamicCache(config=model.config)
+    cache = _Cache(config=model.config)
     positions = (prompt_mask.long().cumsum(1) - 1).clamp(min=0)
     logits = model(input_ids=prompt_ids, attention_mask=prompt_mask.long(), position_ids=positions,
                    past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1][repeat]     # (R, V)
@@ -156,7 +163,8 @@ def generate(model, tokenizer, prompts, group_size, max_new_tokens, temperature=
     generator = None if seed is None else torch.Generator(device=device).manual_seed(seed)
     stop_ids = torch.tensor(stop_token_ids(model, tokenizer) if stop_ids is None else list(stop_ids), device=device)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    parts = []
+    parts, training = [], model.training
+    model.eval()                                                               # no dropout, and a cache that is kept
     rows = [q for q in range(len(prompts)) for _ in range(group_size)]
     with tqdm(total=len(rows) * max_new_tokens, desc="sampling", unit=" tokens", unit_scale=True, leave=False,
               delay=SHOW_PROGRESS_AFTER) as bar:
@@ -172,4 +180,5 @@ def generate(model, tokenizer, prompts, group_size, max_new_tokens, temperature=
                                            skip_special_tokens=True)
             parts.append(Rollout(prompt_ids[repeat], prompt_mask[repeat],
                                  tokens[:, :T].masked_fill(~mask, pad_id), mask, logprobs[:, :T], finished, texts))
+    model.train(training)
     return concatenate(parts)

@@ -141,6 +141,24 @@ def test_half_precision_input_is_accumulated_in_float32(dtype, vocabulary):
     assert ((scores - exact).abs().max() / exact.abs().max()).item() < 1e-5
 
 
+def test_mixed_dtypes_are_computed_in_the_widest():
+    hidden, tokens, mask, correct, lm_head = args = group(4)
+    expected = nthr_scores(*args)
+    logprobs = logprobs_of(hidden, tokens, lm_head)
+    close(nthr_scores(hidden.float(), tokens, mask, correct, lm_head, logprobs), expected, 1e-4)
+    close(nthr_scores(hidden, tokens, mask, correct, lm_head.float(), logprobs.float()), expected, 1e-4)
+    close(nthr_scores_pairwise(hidden.float(), tokens, mask, correct, lm_head), eq7(*args), 1e-4)
+
+
+def test_the_check_of_logprobs_does_not_depend_on_the_chunks():
+    """A few tokens whose log-probability is rounded badly do not end a run, whichever chunk they fall into."""
+    hidden, tokens, mask, correct, lm_head = group(0)
+    logprobs = logprobs_of(hidden, tokens, lm_head)
+    logprobs[0, 0] += 1
+    for chunk_size in (1, 1000):
+        nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs, chunk_size=chunk_size)
+
+
 @pytest.mark.parametrize("vocabulary", ["all", "responses"])
 def test_chunks_padding_and_order_change_nothing(vocabulary):
     hidden, tokens, mask, correct, lm_head = group(3)
@@ -328,6 +346,9 @@ def test_bad_settings_and_logprobs_are_named():
                              ({"logprobs": logprobs + 1}, "logprobs are not")):
         with pytest.raises(ValueError, match=message):
             nthr_scores(*args, **setting)
+    args[4][args[1][args[2]][0]] = math.nan
+    with pytest.raises(ValueError, match="scores are not finite"):
+        nthr_scores(*args)
 
 
 def test_the_file_imports_torch_and_the_standard_library_only():

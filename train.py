@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub.utils import enable_progress_bars
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -40,7 +41,7 @@ DEFAULTS = {   # flag: (embedded model, real model = the paper's 0.5B settings, 
     "micro_batch_size": (256, 4), "lr": (1e-4, 5e-7), "max_new_tokens": (64, 2500), "kl_coef": (0.0, 1e-4),
     "max_sequences": (1024, 128), "eval_every": (50, 20), "save_every": (25, 5), "delta_every": (1, 10),
     "gradient_checkpointing": (False, True)}
-MAY_CHANGE_ON_RESUME = ("steps", "eval_every", "save_every", "device", "out", "resume")
+MAY_CHANGE_ON_RESUME = ("steps", "eval_every", "save_every", "device", "out")
 NOT_MEASURED = dict.fromkeys(("tau", "eta", "selected_share", "updates", "loss", "clip_share", "kl", "nll", "grad_norm",
                               "delta_mean", "delta_nonpositive_share", "eval_accuracy"))
 
@@ -49,20 +50,31 @@ def fail(message):
     sys.exit(f"error: {message}")
 
 
+def adder(group):
+    """group.add_argument that ends the help with the default, or with the two of `DEFAULTS`."""
+    def add(flag, help, **options):
+        default = options.get("default")
+        if flag[2:].replace("-", "_") in DEFAULTS and "(default" not in help:
+            default = "embedded model {}, real model {}".format(*DEFAULTS[flag[2:].replace("-", "_")])
+        shown = "" if default is None or "(default" in help else f" (default: {default})"
+        group.add_argument(flag, help=help + shown, **options)
+    return add
+
+
 def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument_group("model and data").add_argument
+    add = adder(parser.add_argument_group("model and data"))
     add("--model", default=str(TINY), help="Hugging Face id or local folder (default: the embedded model in tiny/)")
     add("--data", help='JSON or JSONL file, or "math": MATH without MATH-500, levels 3-5 (default for a real model)')
     add("--eval-data", help="file for greedy evaluation (default: tiny/test.jsonl, or problems held out of --data)")
     add("--eval-size", type=int, help="problems per evaluation: the first ones of --eval-data")
-    add = parser.add_argument_group("method (Eq. 7, Eq. 8, Algorithm 1)").add_argument
+    add = adder(parser.add_argument_group("method (Eq. 7, Eq. 8, Algorithm 1)"))
     add("--method", default="nthr", choices=["nthr", "grpo", "pos-only", "random"], help="nthr: Algorithm 1; grpo: "
         "Eq. 1 alone; pos-only: no negative advantages (§3); random: as many random tokens as NTHR selects (§5.3)")
     add("--beta", type=float, default=1.0, help="β of the threshold τ (§5); --beta=-inf selects every negative token")
     add("--eta", default="2|0.5-p|", help='η of Algorithm 1: "2|0.5-p|", "p", "1-p" (Table 5) or a number in [0, 1]')
     add("--nthr-vocab", default="responses", choices=["responses", "all"], help="V*_x (App. 7.4), or Eq. 7 exactly")
-    add = parser.add_argument_group("sampling (§2, App. 7.3)").add_argument
+    add = adder(parser.add_argument_group("sampling (§2, App. 7.3)"))
     add("--group-size", type=int, default=8, help="G, responses per question")
     add("--batch-size", type=int, help="questions per step")
     add("--max-new-tokens", type=int, help="longest response, in tokens")
@@ -70,7 +82,7 @@ def build_parser():
     add("--sampling-rounds", type=int, default=1, help="draw more questions up to this often until --batch-size groups "
         "have both right and wrong answers (dynamic sampling); groups without both are dropped in any case")
     add("--max-sequences", type=int, help="responses sampled together: bounds the KV cache")
-    add = parser.add_argument_group("objective and update (Eq. 1, App. 7.3, App. 7.8)").add_argument
+    add = adder(parser.add_argument_group("objective and update (Eq. 1, App. 7.3, App. 7.8)"))
     add("--minibatch-size", type=int, help="questions per AdamW update: batch-size / minibatch-size updates a step")
     add("--micro-batch-size", type=int, help="responses per forward pass, a multiple or a divisor of G: bounds memory")
     add("--lr", type=float, help="AdamW learning rate")
@@ -79,7 +91,7 @@ def build_parser():
     add("--kl-coef", type=float, help="weight of the KL penalty to the initial model (loaded a second time if > 0)")
     add("--nll-coef", type=float, default=0.0, help="weight of the NLL of correct responses (App. 7.8)")
     add("--max-grad-norm", type=float, default=1.0, help="gradient norm is clipped to this")
-    add = parser.add_argument_group("running").add_argument
+    add = adder(parser.add_argument_group("running"))
     add("--out", help="output folder (default: runs/MODEL-METHOD-seedSEED)")
     add("--resume", nargs="?", const=True, help="continue the run in this folder (or in --out) with its own flags")
     add("--eval-every", type=int, help="steps between greedy evaluations (0: only first and last)")
@@ -88,7 +100,7 @@ def build_parser():
     add("--seed", type=int, default=0, help="of data order and sampling")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="compute type, weights are float32 "
-        "(auto: bfloat16 on a CUDA GPU)")
+        "(default: auto, bfloat16 on a CUDA GPU)")
     add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="recompute activations: less memory")
     return parser
 
@@ -98,12 +110,17 @@ def parse_args(argv=None):
     parser, recorded = build_parser(), {}
     args = parser.parse_args(argv)
     parser.set_defaults(**{name: pair[Path(args.model).resolve() != TINY] for name, pair in DEFAULTS.items()})
+    if args.data:
+        parser.set_defaults(eval_data=None)                                    # evaluate on the same kind of problems
     out = args.resume if isinstance(args.resume, str) else args.out
     out = out or f"runs/{Path(args.model).resolve().name}-{args.method}-seed{args.seed}"
     if args.resume:
         if not find_checkpoint(out) or not (Path(out) / "config.json").is_file():
             fail(f"--resume: {out} is no folder with a checkpoint: name the run's folder, or start without --resume")
-        recorded = json.loads((Path(out) / "config.json").read_text())
+        try:
+            recorded = json.loads((Path(out) / "config.json").read_text())
+        except ValueError as error:
+            fail(f"--resume: {out}/config.json is damaged ({error}): start a new run with --model {out}/checkpoint")
         parser.set_defaults(**recorded)
     args = parser.parse_args(argv)
     args.out = out
@@ -123,7 +140,7 @@ def check(args):
             ("batch_size minibatch_size micro_batch_size steps max_new_tokens sampling_rounds max_sequences eval_size",
              "at least 1", lambda value: value >= 1),
             ("group_size", "at least 2, because advantages compare responses", lambda value: value >= 2),
-            ("kl_coef nll_coef eval_every save_every delta_every seed", "finite and at least 0",
+            ("kl_coef nll_coef eval_every save_every delta_every seed", "0 or more, and finite",
              lambda value: 0 <= value < math.inf),
             ("lr temperature", "finite and above 0", lambda value: 0 < value < math.inf),
             ("clip_eps max_grad_norm", "above 0", lambda value: value > 0),
@@ -145,6 +162,8 @@ def check(args):
             usable(getattr(args, name))
         except (ValueError, RuntimeError, AssertionError) as error:
             fail(f"--{name} {getattr(args, name)} cannot be used: {str(error).splitlines()[0][:200]}")
+    if args.device.startswith("cuda:"):
+        torch.cuda.set_device(args.device)                                     # what memory and time are measured on
 
 
 def load_problems(source):
@@ -174,7 +193,8 @@ def load_problems(source):
             return json.loads(json_text)
         except (ValueError, RecursionError) as error:                          # ValueError: bad JSON, huge integers
             line = first_line + getattr(error, "lineno", 1) - 1
-            fail(f"{path}, line {line}: not valid JSON: {getattr(error, 'msg', error)}")
+            fail(f"{path}, line {line}: not valid JSON (expected one list, or one object "
+                 f"per line): {getattr(error, 'msg', error)}")
 
     if text.lstrip().startswith("["):
         rows = [(f"item {i}", row) for i, row in enumerate(parse(text, 1), start=1)]
@@ -193,7 +213,9 @@ def load_problems(source):
             fail(f"{path}, {where}: expected an `answer`, a `final_answer`, or a `solution` with a \\boxed answer")
         if source != "math" or row.get("level") in ("Level 3", "Level 4", "Level 5"):
             problems.append({"problem": problem, "answer": answer})
-    return problems or fail(f"{path} holds no problems")
+    if not problems:
+        fail(f"{path} holds no problems")
+    return problems
 
 
 def answer_text(value):
@@ -207,7 +229,8 @@ def answer_text(value):
 
 def load(auto_class, name, **options):
     """from_pretrained of a Hugging Face id or folder, or one line; no code that comes with a model is run."""
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()                                # of weights read from disk,
+    enable_progress_bars()                                                     # but not of downloads
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)               # its retries are not news, their end is
     try:
         return auto_class.from_pretrained(name, trust_remote_code=False, **options)
@@ -255,7 +278,7 @@ class Timer(dict):
     def __call__(self, phase):
         start = time.perf_counter()
         yield
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         self[phase] = self.get(phase, 0.0) + time.perf_counter() - start
 
@@ -314,7 +337,8 @@ def old_policy_pass(model, reference, rollout, rewards, args, step, timer):
     correct = rewards.flatten().to(args.device) == 1                           # (B,)
     advantages = group_advantages(rewards).to(args.device).view(-1, 1).repeat(1, rollout.response_mask.shape[1])
     old, ref = torch.zeros_like(advantages), torch.zeros_like(advantages) if reference else None
-    lm_head, generator = model.get_output_embeddings().weight, torch.Generator().manual_seed(step_seed(args, step))
+    lm_head, generator = model.get_output_embeddings().weight, torch.Generator()
+    generator.manual_seed(step_seed(args, step, args.sampling_rounds))         # no round of sampling has this seed
     stats = []
     for rows in torch.arange(len(old)).split(max(args.group_size, args.micro_batch_size)):
         with timer("old_probabilities"):
@@ -398,8 +422,8 @@ def step_likelihood_change(model, rollout, rewards, old, args):
 
 
 def peak_memory():
-    """Peak GiB so far: of the GPU's allocator if there is one, else resident; None on Windows."""
-    if torch.cuda.is_available():
+    """Peak GiB so far: of the GPU's allocator if one is in use, else resident; None on Windows."""
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2 ** 30
     try:
         import resource
@@ -439,7 +463,7 @@ def save_checkpoint(model, tokenizer, optimizer, state, args):
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []}
     torch.save({"optimizer": optimizer.state_dict(), "state": state, "rng": rng}, temporary / "trainer.pt")
     if final.exists():                                                         # else .old is the only one: keep it
         shutil.rmtree(old, ignore_errors=True)
@@ -450,10 +474,14 @@ def save_checkpoint(model, tokenizer, optimizer, state, args):
 
 def restore(optimizer, checkpoint, args):
     """Load optimizer and RNG states and cut the logs back to the checkpoint's step. Returns the run's state."""
-    saved = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
+    try:
+        saved = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
+    except Exception as error:                                                 # torn files raise many kinds
+        fail(f"{checkpoint}/trainer.pt is damaged ({str(error).splitlines()[0]}): start a new run with --model "
+             f"{checkpoint}")
     optimizer.load_state_dict(saved["optimizer"])
     torch.set_rng_state(saved["rng"]["cpu"])
-    if len(saved["rng"]["cuda"]) == torch.cuda.device_count():
+    if torch.cuda.is_initialized() and len(saved["rng"]["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
     for name in ("metrics.jsonl", "samples.jsonl"):
         path = Path(args.out) / name
@@ -475,7 +503,8 @@ def train(args):
         order = np.random.default_rng(0).permutation(len(problems))
         eval_problems, problems = ([problems[i] for i in part] for part in np.split(order, [args.eval_size]))
         if not problems:
-            fail(f"{args.data} is too small to hold out --eval-size {args.eval_size} problems: pass --eval-data")
+            fail(f"{args.data} is too small to hold out --eval-size {args.eval_size} problems: lower it, or pass "
+                 f"--eval-data")
     model = load_model(checkpoint or args.model, args.device)
     if args.method in ("nthr", "random") and getattr(model.get_output_embeddings(), "bias", None) is not None:
         fail(f"{args.model} adds a bias to its logits; Eq. 7 needs softmax(W h): choose another model or --method grpo")
@@ -490,15 +519,19 @@ def train(args):
     out = Path(args.out)
     if checkpoint:
         state = restore(optimizer, checkpoint, args)
-    else:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            fail(f"--out {out} cannot be used as a folder: {error}")
-        flags = {name: str(value) if value == -math.inf else value for name, value in vars(args).items()}
-        (out / "config.json").write_text(json.dumps(flags, indent=1))
+        if state["step"] >= args.steps:
+            return print(f"{args.out} is complete at step {state['step']}: pass a larger --steps to go on")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        flags = {name: str(value) if value == -math.inf else value for name, value in vars(args).items()
+                 if name != "resume"}
+        (out / "config.tmp").write_text(json.dumps(flags, indent=1))
+        (out / "config.tmp").replace(out / "config.json")
+    except OSError as error:
+        fail(f"--out {out} cannot be used as a folder: {error}")
+    if not checkpoint:
         save_checkpoint(model, tokenizer, optimizer, state, args)
-    if not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+    if state["step"] == 0 and not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text()):
         (out / "samples.jsonl").unlink(missing_ok=True)                        # of an evaluation that was cut short
         accuracy = evaluate(model, tokenizer, eval_problems, eval_prompts, args, 0)
         append(args, "metrics.jsonl", [{"step": 0, "eval_accuracy": accuracy}])
@@ -513,6 +546,7 @@ def train(args):
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
+    delta = math.nan                                                           # the last one measured
     bar = tqdm(range(state["step"] + 1, args.steps + 1), initial=state["step"], total=args.steps, desc=args.method)
     for step in bar:
         timer = Timer()
@@ -534,7 +568,8 @@ def train(args):
         metrics["tokens_per_second"] = metrics.pop("tokens") / timer["data_generation"]
         metrics = {"step": step, **NOT_MEASURED, **metrics, "seconds": timer, "peak_memory_gib": peak_memory()}
         append(args, "metrics.jsonl", [metrics])
-        bar.set_postfix({"success": f"{metrics['success_rate']:.2f}", "Δ": f"{metrics['delta_mean'] or math.nan:.2f}",
+        delta = delta if metrics["delta_mean"] is None else metrics["delta_mean"]
+        bar.set_postfix({"success": f"{metrics['success_rate']:.2f}", "Δ": f"{delta:.2f}",
                          "tok/s": f"{metrics['tokens_per_second']:.0f}"})
         stopping = step == args.steps or interrupted or diverged
         if stopping or (args.save_every and step % args.save_every == 0):

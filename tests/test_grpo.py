@@ -621,3 +621,18 @@ def test_likelihood_change_without_a_correct_response_is_refused():
     x = torch.zeros(2, 3)
     with pytest.raises(ValueError, match="at least one correct"):
         grpo.likelihood_change(x, x, torch.ones(2, 3), torch.tensor([False, False]))
+
+
+def test_a_ratio_that_would_overflow_has_the_gradient_of_the_clip_not_nan():
+    logprobs = torch.tensor([[0.0], [0.0]], requires_grad=True)
+    loss, _ = grpo.grpo_loss(logprobs, torch.tensor([[-100.0], [0.0]]), torch.tensor([[1.0], [-1.0]]),
+                             torch.ones(2, 1), 2)
+    loss.backward()
+    assert loss.item() == pytest.approx(-(1.2 - 1) / 2)                         # clip(e^100) = 1.2, over 2 tokens
+    assert logprobs.grad.tolist() == [[0.0], [0.5]]
+
+
+@pytest.mark.parametrize("selected, mask, correct", [(torch.tensor([[1, 0, 0]]), torch.ones(1, 3), torch.zeros(1))])
+def test_random_selection_takes_zeros_and_ones_like_its_neighbours(selected, mask, correct):
+    chosen = grpo.random_selection(selected, mask, correct, torch.Generator().manual_seed(0))
+    assert chosen.dtype == torch.bool and chosen.sum() == 1

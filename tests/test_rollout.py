@@ -482,3 +482,30 @@ def test_sizes_that_make_no_rollout_are_refused(change):
 def test_an_empty_prompt_is_refused_by_its_index(empty):
     with pytest.raises(ValueError, match="prompt 2 has no tokens"):
         rollout.generate(chain_model(CHAIN), SMALL, [[1], "ab", empty, [2]], 1, 2)
+
+
+@pytest.mark.parametrize("kind", ["qwen2 tied", "gpt2 absolute positions"])
+def test_a_model_in_training_mode_with_checkpointing_generates_the_same_and_stays_so(kind):
+    """transformers drops the cache in that state, and dropout is live."""
+    model = tiny_model(kind)
+    tokenizer = byte_level_tokenizer("abc")
+    expected = rollout.generate(model, tokenizer, [[3, 1, 2]], 2, 8, seed=0)
+    model.gradient_checkpointing_enable()
+    model.train()
+    result = rollout.generate(model, tokenizer, [[3, 1, 2]], 2, 8, seed=0)
+    assert model.training and torch.equal(result.response_ids, expected.response_ids)
+
+
+def test_the_cache_is_kept_in_the_compute_type_under_autocast(monkeypatch):
+    dtypes = set()
+    original = rollout._Cache.update
+
+    def spy(self, *args, **kwargs):
+        stored = original(self, *args, **kwargs)
+        dtypes.update(tensor.dtype for tensor in stored)
+        return stored
+
+    monkeypatch.setattr(rollout._Cache, "update", spy)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rollout.generate(tiny_model("qwen2 tied"), byte_level_tokenizer("abc"), [[3, 1, 2]], 2, 4, seed=0)
+    assert dtypes == {torch.bfloat16}

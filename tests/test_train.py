@@ -300,7 +300,7 @@ def test_samples_hold_the_first_five_problems_of_each_evaluation(learned):
 def test_config_records_every_flag_as_it_was_used(learned):
     config = json.loads((learned / "config.json").read_text())
     actions = train.build_parser()._actions
-    assert set(config) == {action.dest for action in actions} - {"help"}
+    assert set(config) == {action.dest for action in actions} - {"help", "resume"}
     assert (config["steps"], config["minibatch_size"], config["eval_size"]) == (15, 4, 200)
     assert config["device"] in ("cpu", "cuda") and config["dtype"] in ("float32", "bfloat16")
 
@@ -404,6 +404,57 @@ def test_resuming_a_finished_run_changes_nothing(resumed):
     before = (resumed["folder"] / "whole" / "metrics.jsonl").read_bytes()
     run_here("--resume", resumed["folder"] / "whole")
     assert (resumed["folder"] / "whole" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_resumed_with_more_steps_and_stopped_again_keeps_them(small, tmp_path):
+    run_here(*small, "--steps", 1, "--out", tmp_path / "run")
+    run_here("--resume", tmp_path / "run", "--steps", 2)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 2
+    run_here("--resume", tmp_path / "run", "--steps", 3)
+    run_here(*small, "--steps", 3, "--out", tmp_path / "whole")
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["config.json", "checkpoint/trainer.pt"])
+def test_a_torn_file_of_a_run_is_named(small, tmp_path, name):
+    run_here(*small, "--steps", 1, "--out", tmp_path / "run")
+    path = tmp_path / "run" / name
+    path.write_bytes(path.read_bytes()[:50])
+    assert name.split("/")[-1] in error_of("--resume", tmp_path / "run", "--steps", 2, starts=True)
+
+
+def test_the_logged_likelihood_change_is_that_of_full_logits_before_and_after_the_step(step, small):
+    """Eq. 2 and the share of Eq. 3 (ε = 0), question by question, from the two models alone."""
+    args = train.parse_args([str(flag) for flag in (*small, "--steps", 1, "--out", "unused")])
+    models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (ROOT / "tiny", step() / "checkpoint")]
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny")
+    problems = train.load_problems(args.data)
+    prompts = train.encode_prompts(problems, tokenizer, models[0], args.max_new_tokens)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                                                   # as run_here: the same samples
+    sample, rewards, _, _ = train.sample_groups(models[0], tokenizer, problems, prompts, args, 1, 0)
+    torch.set_num_threads(threads)
+    changes = []
+    for question, reward in enumerate(rewards.tolist()):
+        change = []
+        for row in [question * len(reward) + i for i, right in enumerate(reward) if right]:
+            ids = torch.cat([sample.prompt_ids[row][sample.prompt_mask[row]],
+                             sample.response_ids[row][sample.response_mask[row]]])
+            start = int(sample.prompt_mask[row].sum())
+            with torch.no_grad():
+                logprobs = [torch.log_softmax(model(ids[None]).logits[0].double(), -1) for model in models]
+            before, after = (sum(lp[k - 1, ids[k]].item() for k in range(start, len(ids))) for lp in logprobs)
+            change.append(after - before)
+        changes.append(sum(change) / len(change))
+    row = metrics_of(step())[1]
+    assert len(changes) == row["groups_kept"] > 1
+    assert row["delta_mean"] == pytest.approx(sum(changes) / len(changes), abs=1e-4)
+    assert row["delta_nonpositive_share"] == pytest.approx(sum(change <= 0 for change in changes) / len(changes))
+
+
+def test_other_data_is_evaluated_on_problems_held_out_of_it():
+    assert train.parse_args(["--out", "unused"]).eval_data == str(ROOT / "tiny" / "test.jsonl")
+    assert train.parse_args(["--data", "mine.jsonl", "--out", "unused"]).eval_data is None
 
 
 def test_sigterm_stops_like_ctrl_c(small, tmp_path, monkeypatch):
