@@ -490,7 +490,7 @@ def test_a_model_in_training_mode_with_checkpointing_generates_the_same_and_stay
     model = tiny_model(kind)
     tokenizer = byte_level_tokenizer("abc")
     expected = rollout.generate(model, tokenizer, [[3, 1, 2]], 2, 8, seed=0)
-    model.gradient_checkpointing_enable()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     model.train()
     result = rollout.generate(model, tokenizer, [[3, 1, 2]], 2, 8, seed=0)
     assert model.training and torch.equal(result.response_ids, expected.response_ids)
