@@ -66,8 +66,8 @@ def build_parser():
     add = adder(parser.add_argument_group("model and data"))
     add("--model", default=str(TINY), help="Hugging Face id or local folder (default: the embedded model in tiny/)")
     add("--data", help='JSON or JSONL file, or "math": MATH without MATH-500, levels 3-5 (default for a real model)')
-    add("--eval-data", help="file for greedy evaluation (default: tiny/test.jsonl, or problems held out of --data)")
-    add("--eval-size", type=int, help="problems per evaluation: the first ones of --eval-data")
+    add("--eval-data", help="file for greedy evaluation (default: tiny/test.jsonl, or a tenth of --data held out)")
+    add("--eval-size", type=int, help="most problems per evaluation: the first of --eval-data")
     add = adder(parser.add_argument_group("method (Eq. 7, Eq. 8, Algorithm 1)"))
     add("--method", default="nthr", choices=["nthr", "grpo", "pos-only", "random"], help="nthr: Algorithm 1; grpo: "
         "Eq. 1 alone; pos-only: no negative advantages (§3); random: as many random tokens as NTHR selects (§5.3)")
@@ -500,11 +500,10 @@ def train(args):
     if args.eval_data:
         eval_problems = load_problems(args.eval_data)[:args.eval_size]
     else:                                                                      # hold some out: never trained on
-        order = np.random.default_rng(0).permutation(len(problems))
-        eval_problems, problems = ([problems[i] for i in part] for part in np.split(order, [args.eval_size]))
-        if not problems:
-            fail(f"{args.data} is too small to hold out --eval-size {args.eval_size} problems: lower it, or pass "
-                 f"--eval-data")
+        if len(problems) < 2:
+            fail(f"{args.data} has one problem only, so none can be held out for evaluation: pass --eval-data")
+        order, held_out = np.random.default_rng(0).permutation(len(problems)), min(args.eval_size, len(problems) // 10)
+        eval_problems, problems = ([problems[i] for i in part] for part in np.split(order, [max(1, held_out)]))
     model = load_model(checkpoint or args.model, args.device)
     if args.method in ("nthr", "random") and getattr(model.get_output_embeddings(), "bias", None) is not None:
         fail(f"{args.model} adds a bias to its logits; Eq. 7 needs softmax(W h): choose another model or --method grpo")

@@ -356,12 +356,12 @@ def test_every_epoch_visits_every_problem_once_in_a_new_order_and_held_out_probl
         return original(model, tokenizer, prompts, group_size, *args, **kwargs)
 
     monkeypatch.setattr(train, "generate", recording)
-    run_here("--model", tmp_path / "model", "--data", small[1], "--eval-size", 8, "--batch-size", 8,
-             "--minibatch-size", 8, "--steps", 4, "--max-new-tokens", 48, "--eval-every", 0, "--device", "cpu",
+    run_here("--model", tmp_path / "model", "--data", small[1], "--eval-size", 8, "--batch-size", 11,
+             "--minibatch-size", 11, "--steps", 4, "--max-new-tokens", 48, "--eval-every", 0, "--device", "cpu",
              "--dtype", "float32", "--kl-coef", 0, "--out", tmp_path / "run")
-    first, second = trained[:16], trained[16:]
-    assert len(set(first)) == 16 and set(first) == set(second) and first != second
-    assert len(set(evaluated)) == 8 and evaluated[:8] == evaluated[8:] and not set(evaluated) & set(first)
+    first, second = trained[:22], trained[22:]                                 # a tenth of 24 problems is held out
+    assert len(set(first)) == 22 and set(first) == set(second) and first != second
+    assert len(set(evaluated)) == 2 and evaluated[:2] == evaluated[2:] and not set(evaluated) & set(first)
 
 
 # ------------------------------------------------------------------------------------------------- 2. and 3. stopping
@@ -768,11 +768,11 @@ def test_prompts_that_exceed_the_context_are_refused(small, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_eval_size_that_leaves_nothing_to_train_on_is_refused(local_model, tmp_path):
-    for size in (6, 7):
-        message = error_of("--model", local_model, "--data", local_model / "data.json", "--eval-size", size,
-                           "--max-new-tokens", 8, "--out", tmp_path / "run", starts=True)
-        assert f"--eval-size {size}" in message and "--eval-data" in message and "data.json" in message
+def test_a_single_problem_leaves_nothing_to_evaluate_on_and_is_refused(local_model, tmp_path):
+    path = write(tmp_path / "one.jsonl", '{"problem": "1", "answer": 1}')
+    message = error_of("--model", local_model, "--data", path, "--max-new-tokens", 8, "--out", tmp_path / "run",
+                       starts=True)
+    assert "--eval-data" in message and "one.jsonl" in message
     assert not (tmp_path / "run").exists()
 
 
