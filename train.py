@@ -227,6 +227,18 @@ def answer_text(value):
     return str(value).strip() if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
 
 
+def load_data(args):
+    """Training and evaluation problems. Without --eval-data a tenth of --data is held out, at most --eval-size."""
+    problems = load_problems(args.data)
+    if args.eval_data:
+        return problems, load_problems(args.eval_data)[:args.eval_size]
+    if len(problems) < 2:
+        fail(f"{args.data} has one problem only, so none can be held out for evaluation: pass --eval-data")
+    held_out = max(1, min(args.eval_size, len(problems) // 10))
+    shuffled = [problems[i] for i in np.random.default_rng(0).permutation(len(problems))]
+    return shuffled[held_out:], shuffled[:held_out]
+
+
 def load(auto_class, name, **options):
     """from_pretrained of a Hugging Face id or folder, or one line; no code that comes with a model is run."""
     transformers_logging.disable_progress_bar()                                # of weights read from disk,
@@ -496,14 +508,7 @@ def train(args):
     """Set up, then Algorithm 1 step by step. Everything goes to args.out."""
     checkpoint = find_checkpoint(args.out) if args.resume else None
     tokenizer = load(AutoTokenizer, checkpoint or args.model)                  # first: a misspelt id is found at once
-    problems = load_problems(args.data)
-    if args.eval_data:
-        eval_problems = load_problems(args.eval_data)[:args.eval_size]
-    else:                                                                      # hold some out: never trained on
-        if len(problems) < 2:
-            fail(f"{args.data} has one problem only, so none can be held out for evaluation: pass --eval-data")
-        order, held_out = np.random.default_rng(0).permutation(len(problems)), min(args.eval_size, len(problems) // 10)
-        eval_problems, problems = ([problems[i] for i in part] for part in np.split(order, [max(1, held_out)]))
+    problems, eval_problems = load_data(args)
     model = load_model(checkpoint or args.model, args.device)
     if args.method in ("nthr", "random") and getattr(model.get_output_embeddings(), "bias", None) is not None:
         fail(f"{args.model} adds a bias to its logits; Eq. 7 needs softmax(W h): choose another model or --method grpo")
