@@ -176,11 +176,12 @@ def load_problems(source):
         path = Path(torch.hub.get_dir()) / "nthr" / Path(MATH_URL).name
         if not path.is_file():
             print(f"downloading {MATH_URL}")
+            part = path.with_suffix(".part")
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                torch.hub.download_url_to_file(MATH_URL, str(path) + ".part")
-                json.loads(Path(str(path) + ".part").read_text(encoding="utf-8"))  # a cut connection raises nothing
-                Path(str(path) + ".part").replace(path)
+                torch.hub.download_url_to_file(MATH_URL, str(part))
+                json.loads(part.read_text(encoding="utf-8"))                   # a cut connection raises nothing
+                part.replace(path)
             except (OSError, ValueError, HTTPException) as error:
                 fail(f"--data math is downloaded once, which failed ({error}): try again, or put the file at {path}")
     try:
@@ -313,7 +314,9 @@ def sample_groups(model, tokenizer, problems, prompts, args, step, position):
     for round_ in range(args.sampling_rounds):                                 # dynamic sampling (App. 7.3)
         draws = [divmod(i, len(problems)) for i in range(position, position + args.batch_size)]
         position += args.batch_size
-        questions = [int(np.random.default_rng([args.seed, epoch]).permutation(len(problems))[i]) for epoch, i in draws]
+        orders = {epoch: np.random.default_rng([args.seed, epoch]).permutation(len(problems))
+                  for epoch in {epoch for epoch, _ in draws}}
+        questions = [int(orders[epoch][i]) for epoch, i in draws]
         with precision(args):
             rollouts.append(generate(model, tokenizer, [prompts[q] for q in questions], args.group_size,
                                      args.max_new_tokens, args.temperature, step_seed(args, step, round_),
