@@ -59,9 +59,9 @@ def concatenate(rollouts):
                    [text for rollout in rollouts for text in rollout.texts])
 
 
-def encode_prompt(tokenizer, problem):
-    """Token ids of a question with `INSTRUCTION`: the tokenizer's chat template if it has one, else a plain one."""
-    question = f"{problem}\n{INSTRUCTION}"
+def encode_prompt(tokenizer, problem, instruction=INSTRUCTION):
+    """Token ids of a question and an instruction: the tokenizer's chat template if it has one, else a plain one."""
+    question = f"{problem}\n{instruction}" if instruction else problem
     if tokenizer.chat_template:
         return tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True,
                                              return_dict=False)

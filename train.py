@@ -2,6 +2,7 @@
 
 python train.py                                     # embedded model, CPU, 2 minutes: greedy accuracy 54% -> 75%
 python train.py --method grpo                       # the same without NTHR: an A/B with one flag
+python train.py --model tiny/stack                  # a second embedded model: stack-machine programs
 python train.py --model Qwen/Qwen2.5-0.5B           # App. 7.3's 0.5B settings on MATH levels 3-5, one GPU
 python train.py --model my/folder --data my.jsonl   # any Hugging Face causal LM, any {"problem", "answer"} file
 python train.py --resume runs/tiny-nthr-seed0       # continue a run that was stopped
@@ -10,11 +11,13 @@ import argparse
 import json
 import logging
 import math
+import runpy
 import shutil
 import signal
 import sys
 import time
 from contextlib import contextmanager
+from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
 
@@ -29,18 +32,19 @@ from grpo import (check_head, group_advantages, grpo_loss, likelihood_change, po
                   response_logprobs, token_weights)
 from nthr import nthr_advantages, nthr_eta
 from reward import extract_answer, math_reward
-from rollout import concatenate, encode_prompt, generate
+from rollout import INSTRUCTION, concatenate, encode_prompt, generate
 
 # Shapes: Q questions, G responses each, B = Q·G rows (the G of a question consecutive), K kept questions, T tokens
 TINY = Path(__file__).resolve().parent / "tiny"
 MATH_URL = ("https://raw.githubusercontent.com/rasbt/math_full_minus_math500/"
             "1636438eae81f1a7179de613f1c4aa52782b3a18/math_full_minus_math500.json")
+EMBEDDED = {TINY: "math", TINY / "stack": f"{TINY / 'stack_machine.py'}:program_reward"}    # folder: reward
 DEFAULTS = {   # flag: (embedded model, real model = the paper's 0.5B settings, App. 7.3)
-    "data": (str(TINY / "train.jsonl"), "math"), "eval_data": (str(TINY / "test.jsonl"), None),
-    "eval_size": (500, 200), "steps": (150, 105), "batch_size": (32, 32), "minibatch_size": (32, 16),
-    "micro_batch_size": (256, 4), "lr": (1e-4, 5e-7), "max_new_tokens": (64, 2500), "kl_coef": (0.0, 1e-4),
-    "max_sequences": (1024, 128), "eval_every": (50, 20), "save_every": (25, 5), "delta_every": (1, 10),
-    "gradient_checkpointing": (False, True)}
+    "data": ("its train.jsonl", "math"), "eval_data": ("its test.jsonl", "a tenth of --data, held out"),
+    "reward": ("its own", "math"), "eval_size": (500, 200), "steps": (150, 105), "batch_size": (32, 32),
+    "minibatch_size": (32, 16), "micro_batch_size": (256, 4), "lr": (1e-4, 5e-7), "max_new_tokens": (64, 2500),
+    "kl_coef": (0.0, 1e-4), "max_sequences": (1024, 128), "eval_every": (50, 20), "save_every": (25, 5),
+    "delta_every": (1, 10), "gradient_checkpointing": (False, True)}
 MAY_CHANGE_ON_RESUME = ("steps", "eval_every", "save_every", "device", "out")
 NOT_MEASURED = dict.fromkeys(("tau", "eta", "selected_share", "updates", "loss", "clip_share", "kl", "nll", "grad_norm",
                               "delta_mean", "delta_nonpositive_share", "eval_accuracy"))
@@ -48,6 +52,16 @@ NOT_MEASURED = dict.fromkeys(("tau", "eta", "selected_share", "updates", "loss",
 
 def fail(message):
     sys.exit(f"error: {message}")
+
+
+def defaults_of(model):
+    """{flag: default} for this --model: the embedded models bring their own data and reward."""
+    folder = Path(model).resolve()
+    values = {name: pair[folder not in EMBEDDED] for name, pair in DEFAULTS.items()}
+    if folder in EMBEDDED:
+        return values | {"data": str(folder / "train.jsonl"), "eval_data": str(folder / "test.jsonl"),
+                         "reward": EMBEDDED[folder]}
+    return values | {"eval_data": None}
 
 
 def adder(group):
@@ -65,8 +79,9 @@ def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = adder(parser.add_argument_group("model and data"))
     add("--model", default=str(TINY), help="Hugging Face id or local folder (default: the embedded model in tiny/)")
-    add("--data", help='JSON or JSONL file, or "math": MATH without MATH-500, levels 3-5 (default for a real model)')
-    add("--eval-data", help="file for greedy evaluation (default: tiny/test.jsonl, or a tenth of --data held out)")
+    add("--data", help='JSON or JSONL file, or "math": MATH without MATH-500, levels 3-5')
+    add("--eval-data", help="file for greedy evaluation; with --data alone, a tenth of it is held out")
+    add("--reward", help='"math" (reward.py), or FILE.py:FUNCTION, called with the response and the answer, 1 if right')
     add("--eval-size", type=int, help="most problems per evaluation: the first of --eval-data")
     add = adder(parser.add_argument_group("method (Eq. 7, Eq. 8, Algorithm 1)"))
     add("--method", default="nthr", choices=["nthr", "grpo", "pos-only", "random"], help="nthr: Algorithm 1; grpo: "
@@ -109,7 +124,7 @@ def parse_args(argv=None):
     """Flags -> Namespace. Defaults depend on --model; --resume takes those that its run recorded in config.json."""
     parser, recorded = build_parser(), {}
     args = parser.parse_args(argv)
-    parser.set_defaults(**{name: pair[Path(args.model).resolve() != TINY] for name, pair in DEFAULTS.items()})
+    parser.set_defaults(**defaults_of(args.model))
     if args.data:
         parser.set_defaults(eval_data=None)                                    # evaluate on the same kind of problems
     out = args.resume if isinstance(args.resume, str) else args.out
@@ -157,6 +172,7 @@ def check(args):
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.dtype == "auto":
         args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
+    load_reward(args.reward)
     for name, usable in (("eta", lambda eta: nthr_eta(0.5, eta)), ("device", lambda name: torch.zeros(1, device=name))):
         try:
             usable(getattr(args, name))
@@ -164,6 +180,27 @@ def check(args):
             fail(f"--{name} {getattr(args, name)} cannot be used: {str(error).splitlines()[0][:200]}")
     if args.device.startswith("cuda:"):
         torch.cuda.set_device(args.device)                                     # what memory and time are measured on
+
+
+@lru_cache
+def run_file(file):
+    """The names that a Python file of the user's defines."""
+    try:
+        return runpy.run_path(file)
+    except Exception as error:                                                 # whatever the file raises
+        fail(f"--reward: {file} cannot be run: {type(error).__name__}: {error}")
+
+
+def load_reward(source):
+    """The checker (response, answer) -> 1 if right, else 0: "math" is `math_reward`, else it is FILE.py:FUNCTION."""
+    if source == "math":
+        return math_reward
+    file, _, name = source.rpartition(":")
+    if not file.endswith(".py"):
+        fail(f'--reward must be "math" or FILE.py:FUNCTION, got {source}')
+    if not callable(run_file(file).get(name)):
+        fail(f"--reward: {file} defines no function {name}")
+    return run_file(file)[name]
 
 
 def load_problems(source):
@@ -266,9 +303,10 @@ def load_model(name, device, dtype=torch.float32):
     return model.to(device).eval()
 
 
-def encode_prompts(problems, tokenizer, model, max_new_tokens):
+def encode_prompts(problems, tokenizer, model, max_new_tokens, reward="math"):
+    """Token ids of each problem, with the instruction to box the answer if that is what the reward reads."""
     limit = getattr(model.config, "max_position_embeddings", None) or math.inf
-    prompts = [encode_prompt(tokenizer, row["problem"]) for row in problems]
+    prompts = [encode_prompt(tokenizer, row["problem"], INSTRUCTION if reward == "math" else "") for row in problems]
     longest = max(prompts, key=len)
     if not min(prompts, key=len):
         fail(f"the tokenizer of {tokenizer.name_or_path} makes no tokens of a problem: are its files complete?")
@@ -310,7 +348,7 @@ def sample_groups(model, tokenizer, problems, prompts, args, step, position):
     """Sample and reward G responses to each of the next questions; drop groups that are all right or all wrong.
 
     Returns the rollout of the K kept groups, rewards (K, G), metrics of all samples, and the next data position."""
-    rollouts, rewards = [], []
+    rollouts, rewards, reward = [], [], load_reward(args.reward)
     for round_ in range(args.sampling_rounds):                                 # dynamic sampling (App. 7.3)
         draws = [divmod(i, len(problems)) for i in range(position, position + args.batch_size)]
         position += args.batch_size
@@ -322,7 +360,7 @@ def sample_groups(model, tokenizer, problems, prompts, args, step, position):
                                      args.max_new_tokens, args.temperature, step_seed(args, step, round_),
                                      args.max_sequences))
         golds = [problems[q]["answer"] for q in questions for _ in range(args.group_size)]
-        rewards += map(math_reward, rollouts[-1].texts, golds)
+        rewards += map(reward, rollouts[-1].texts, golds)
         grouped = torch.tensor(rewards).view(-1, args.group_size)              # (Q, G)
         mixed = (grouped.amax(1) != grouped.amin(1)).nonzero()[:args.batch_size, 0]
         if len(mixed) == args.batch_size:
@@ -451,7 +489,7 @@ def evaluate(model, tokenizer, problems, prompts, args, step):
     """Greedy accuracy on `problems`; the first five responses go to samples.jsonl."""
     with precision(args):
         rollout = generate(model, tokenizer, prompts, 1, args.max_new_tokens, 0.0, max_sequences=args.max_sequences)
-    rewards = [math_reward(text, row["answer"]) for text, row in zip(rollout.texts, problems)]
+    rewards = [load_reward(args.reward)(text, row["answer"]) for text, row in zip(rollout.texts, problems)]
     append(args, "samples.jsonl", [
         {"step": step, **row, "response": text, "reward": reward, "finished": finished} for row, text, reward, finished
         in zip(problems[:5], rollout.texts, rewards, rollout.finished.tolist())])
@@ -519,8 +557,8 @@ def train(args):
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # old name
         enable({"use_reentrant": False})
     reference = load_model(args.model, args.device, getattr(torch, args.dtype)) if args.kl_coef else None
-    prompts = encode_prompts(problems, tokenizer, model, args.max_new_tokens)
-    eval_prompts = encode_prompts(eval_problems, tokenizer, model, args.max_new_tokens)
+    prompts = encode_prompts(problems, tokenizer, model, args.max_new_tokens, args.reward)
+    eval_prompts = encode_prompts(eval_problems, tokenizer, model, args.max_new_tokens, args.reward)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     state = {"step": 0, "position": 0, "nonfinite": 0}
     out = Path(args.out)

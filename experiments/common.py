@@ -1,0 +1,137 @@
+"""What the scripts of this folder share: flags, groups of sampled responses, and the files that they write."""
+import argparse
+import csv
+import json
+import math
+import platform
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))                                                  # the top-level modules
+
+import train  # noqa: E402
+from rollout import Rollout, generate  # noqa: E402
+
+
+@dataclass
+class Group:
+    """G responses to one question, some right and some wrong."""
+    index: int               # of the question in --data
+    problem: str
+    answer: str
+    rollout: Rollout         # G rows
+    correct: torch.Tensor    # (G,) bool
+
+
+def build_parser(doc, script, questions):
+    """The flags of an experiment that looks at groups of responses from one model; `questions`: (embedded, real)."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = train.adder(parser.add_argument_group("model, data and sampling"))
+    add("--model", default=str(train.TINY), help="Hugging Face id or local folder (default: the embedded model in tiny/)")
+    add("--data", help='JSON or JSONL file, or "math": MATH without MATH-500, levels 3-5')
+    add("--reward", help='"math", or FILE.py:FUNCTION')
+    add("--questions", type=int, help=f"groups with both right and wrong responses to collect (default: embedded model "
+        f"{questions[0]}, real model {questions[1]})")
+    add("--group-size", type=int, default=8, help="G, responses per question")
+    add("--temperature", type=float, default=1.0, help="of sampling, and of π everywhere")
+    add("--max-new-tokens", type=int, help="longest response, in tokens")
+    add("--max-sequences", type=int, help="responses sampled together: bounds the KV cache")
+    add("--seed", type=int, default=0, help="of the questions, of sampling and of GRPO + Random")
+    add("--device", default="auto", help="auto, cpu, cuda, mps, ...")
+    add("--out", help=f"output folder (default: runs/{script}-MODEL)")
+    parser.set_defaults(script=script, questions_by_model=questions)
+    return parser
+
+
+def parse(parser, argv):
+    """Flags -> Namespace, with the defaults of --model; one line for values that cannot work."""
+    args = parser.parse_args(argv)
+    embedded = Path(args.model).resolve() in train.EMBEDDED
+    for name, value in train.defaults_of(args.model).items():
+        if getattr(args, name, 0) is None:
+            setattr(args, name, value)
+    if args.questions is None:
+        args.questions = args.questions_by_model[not embedded]
+    for name, least in (("questions", 1), ("group_size", 2), ("max_new_tokens", 1), ("max_sequences", 1), ("seed", 0)):
+        if getattr(args, name) < least:
+            train.fail(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    if not 0 < args.temperature < math.inf:
+        train.fail(f"--temperature must be finite and above 0, got {args.temperature}")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    train.load_reward(args.reward)
+    args.out = args.out or f"runs/{args.script}-{Path(args.model).resolve().name}"
+    return args
+
+
+def load(args):
+    """(model, tokenizer, problems, prompts): weights and compute in float32, since bfloat16 would drown Δ(x)."""
+    tokenizer = train.load(train.AutoTokenizer, args.model)
+    problems = train.load_problems(args.data)
+    model = train.load_model(args.model, args.device)
+    return model, tokenizer, problems, train.encode_prompts(problems, tokenizer, model, args.max_new_tokens, args.reward)
+
+
+def mixed_groups(model, tokenizer, problems, prompts, args):
+    """Sample until `args.questions` questions have both right and wrong responses: a list of that many `Group`s.
+
+    Also returns how many questions were sampled. Questions come in an order drawn with --seed, none twice; ends with
+    one line if no group is mixed, and with what there is (a line says so) if the data runs out."""
+    order = np.random.default_rng(args.seed).permutation(len(problems)).tolist()
+    reward, G, groups, sampled = train.load_reward(args.reward), args.group_size, [], 0
+    at_once = max(1, args.max_sequences // G)
+    with tqdm(total=args.questions, desc="sampling mixed groups", unit=" questions") as bar:
+        while len(groups) < args.questions and sampled < len(order):
+            batch = order[sampled:sampled + at_once]
+            rollout = generate(model, tokenizer, [prompts[q] for q in batch], G, args.max_new_tokens, args.temperature,
+                               train.step_seed(args, sampled), args.max_sequences)
+            for i, q in enumerate(batch):
+                sampled += 1
+                rows = torch.arange(i * G, (i + 1) * G)
+                correct = torch.tensor([reward(rollout.texts[row], problems[q]["answer"]) == 1 for row in rows.tolist()])
+                if 0 < correct.sum() < G:
+                    groups.append(Group(q, problems[q]["problem"], problems[q]["answer"], rollout.select(rows),
+                                        correct.to(args.device)))
+                    bar.update()
+                    if len(groups) == args.questions:
+                        break
+    if not groups:
+        train.fail(f"none of {sampled} questions got both right and wrong responses: use other --data, a larger "
+                   f"--group-size or a longer --max-new-tokens")
+    if len(groups) < args.questions:
+        print(f"the data has no more questions: {len(groups)} mixed groups instead of {args.questions}")
+    return groups, sampled
+
+
+def provenance(args, seconds):
+    """Where a result comes from: the command, the settings, the machine and the time."""
+    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+    return {"command": shlex.join(["python", f"experiments/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+            "seed": args.seed, "machine": f"{platform.machine()}, {device}", "torch": torch.__version__,
+            "transformers": transformers.__version__, "seconds": round(seconds, 1)}
+
+
+def write_json(path, record):
+    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_csv(path, rows):
+    """Dicts with the same keys; floats with all their digits."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def markdown(header, rows):
+    """A Markdown table; floats must be formatted already."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
