@@ -101,7 +101,7 @@ def token_weights(mask, group_size):
     mask (B, T) with the G responses of a question in consecutive rows. ValueError if B is no multiple of G."""
     if len(mask) % group_size:
         raise ValueError(f"{len(mask)} rows are not whole groups of {group_size}: pass all responses of each question")
-    tokens = mask.view(-1, group_size * mask.shape[1]).sum(1)                  # (Q,) Σ_i |y_i|
+    tokens = mask.reshape(-1, group_size * mask.shape[1]).sum(1)               # (Q,) Σ_i |y_i|
     return (1 / (len(tokens) * tokens.clamp(min=1).float())).repeat_interleave(group_size)
 
 

@@ -119,6 +119,14 @@ def provenance(args, seconds):
             "transformers": transformers.__version__, "seconds": round(seconds, 1)}
 
 
+def make_folder(path):
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        train.fail(f"--out {path} cannot be used as a folder: {error}")
+    return Path(path)
+
+
 def write_json(path, record):
     path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

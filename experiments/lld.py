@@ -1,0 +1,382 @@
+r"""Figures 1 and 4 and Table 1: what ONE update on a question's own samples does to its right answers, Δ(x) of Eq. 2.
+
+python experiments/lld.py                                        # embedded model, 200 questions
+python experiments/lld.py --layer 0 1 2 3 --normalize --overlap  # with the tables on what the paper leaves open
+python experiments/lld.py --model tiny/stack                     # programs instead of sums
+python experiments/lld.py --model Qwen/Qwen2.5-0.5B              # a real model, one GPU, 50 questions of MATH
+
+For each question, G responses are sampled from the same initial policy; groups with both right and wrong answers are
+kept. From those same responses one update is made with each of GRPO, Pos Only (§3), GRPO + Random and GRPO + NTHR
+(β = 1, η = 0, §5.3), parameters and optimizer re-initialised each time, and Δ(x) is measured. Plain SGD, the default, is
+the gradient flow of Theorem 4.4: for small --lr, Δ(x)/lr is a derivative. The first step of a fresh AdamW is about
+lr · sign(gradient), so every parameter moves by lr however small its gradient is. No gradient clipping, all in float32.
+
+Writes tables.md, questions.csv (a row per question), results.json, figure1.png, figure4.png and step_size.png.
+"""
+import math
+import time
+from difflib import SequenceMatcher
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from tqdm import tqdm
+
+import common
+from common import train
+from grpo import (group_advantages, grpo_loss, likelihood_change, pos_only, random_selection, response_logprobs,
+                  token_weights)
+from nthr import gwhes, nthr_advantages, nthr_eta, nthr_scores, nthr_threshold
+
+matplotlib.use("Agg")                                                          # files only, no window
+
+# Shapes: G responses of one question, T response tokens, V vocabulary, d hidden size, n questions
+METHODS = {"grpo": "GRPO", "pos-only": "Pos Only", "random": "GRPO + Random", "nthr": "GRPO + NTHR"}
+COLORS = {"grpo": "#b2182b", "pos-only": "#4393c3", "random": "#999999", "nthr": "#1b7837"}
+OPTIMIZERS = {"sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr),
+              "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)}
+THEORY_LR = 1e-6   # small enough for a derivative, large enough for float64
+
+
+def build_parser():
+    parser = common.build_parser(__doc__, "lld", questions=(200, 50))
+    add = train.adder(parser.add_argument_group("the one update"))
+    add("--optimizer", choices=OPTIMIZERS, default="sgd", help="plain SGD (Theorem 4.4), or a fresh AdamW (a sign step)")
+    add("--lr", type=float, default=1e-3, help="step size of the figures and tables")
+    add("--sweep", type=float, nargs="*", metavar="LR", default=[1e-4, 1e-3, 1e-2, 1e-1, 0.3, 1.0],
+        help="further step sizes, for the table and picture of Δ(x) as a function of the step")
+    add("--beta", type=float, default=1.0, help="β of the threshold τ")
+    add("--eta", default="0", help="η: a rule of Table 5 or a number; §5.3 uses 0")
+    add("--nthr-vocab", default="responses", choices=["responses", "all"], help="V*_x (App. 7.4), or Eq. 7 exactly")
+    add("--micro-batch-size", type=int, help="responses per forward pass: bounds memory")
+    add = train.adder(parser.add_argument_group("what the paper leaves open"))
+    add("--layer", type=int, nargs="+", default=[], help="also score with the hidden states of these layers "
+        "(0: embeddings; the last one, which the paper uses, comes after the final norm)")
+    add("--normalize", action="store_true", help="also score with the cosine of the hidden states, not the dot product")
+    add("--overlap", action="store_true", help="bin the questions by what the wrong answers share with the right ones")
+    return parser
+
+
+def inputs(group):
+    """ids and attention_mask (G, P+T), P, and of the responses: tokens and mask (G, T)."""
+    ids, attention_mask, P = group.rollout.inputs(torch.arange(len(group.correct)))
+    return ids, attention_mask, P, ids[:, P:], attention_mask[:, P:]
+
+
+@torch.no_grad()
+def initial_policy(model, group, args):
+    """Log-probabilities (G, T) and last-layer states (G, T, d) of the responses before any update."""
+    ids, attention_mask, P, _, _ = inputs(group)
+    parts = [response_logprobs(model, i, m, P, args.temperature, return_hidden=True)
+             for i, m in zip(ids.split(args.micro_batch_size), attention_mask.split(args.micro_batch_size))]
+    return tuple(map(torch.cat, zip(*parts)))
+
+
+@torch.no_grad()
+def layer_states(model, group, layer, args):
+    """States (G, T, d) of a layer, 0 the embeddings, at the positions that predict the response tokens."""
+    ids, attention_mask, P, _, _ = inputs(group)
+    positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+    return torch.cat([model.base_model(input_ids=i, attention_mask=m.long(), position_ids=p, use_cache=False,
+                                       output_hidden_states=True).hidden_states[layer][:, P - 1:-1]
+                      for i, m, p in zip(*(x.split(args.micro_batch_size) for x in (ids, attention_mask, positions)))])
+
+
+def scores_from(features, hidden, tokens, mask, correct, lm_head, **options):
+    """Eq. 7 with π from `hidden` as always, but with ⟨·,·⟩ taken of `features` (G, T, d). Returns (G, T).
+
+    Eq. 7 is linear in the inner product, and lm_head columns of zeros leave π alone: scores of [hidden, features] are
+    those of hidden plus those wanted. Features are first scaled to the norm of hidden, which scales s and τ alike."""
+    features = features * (hidden[mask].norm() / features[mask].norm())
+    both = nthr_scores(torch.cat([hidden, features], -1).double(), tokens, mask, correct,
+                       torch.cat([lm_head, torch.zeros_like(lm_head)], -1), **options)
+    return both - nthr_scores(hidden.double(), tokens, mask, correct, lm_head, **options)
+
+
+def backward(model, group, old, advantages, args):
+    """The gradient of −J (Eq. 1) on this question alone into every parameter's .grad."""
+    ids, attention_mask, P, _, mask = inputs(group)
+    G = len(group.correct)
+    weights = token_weights(mask, G)
+    model.zero_grad()
+    for rows in torch.arange(G).split(args.micro_batch_size):
+        logprobs = response_logprobs(model, ids[rows], attention_mask[rows], P, args.temperature)
+        grpo_loss(logprobs, old[rows], advantages[rows], mask[rows], G, weights=weights[rows])[0].backward()
+
+
+@torch.no_grad()
+def updated_likelihoods(model, initial, group, old, lrs, args):
+    """{lr: Δ(x)} (Eq. 2) after one optimizer step with the gradients at hand; the initial parameters are put back."""
+    ids, attention_mask, P, _, mask = inputs(group)
+    right, deltas = group.correct.nonzero()[:, 0].cpu(), {}
+    for lr in lrs:
+        OPTIMIZERS[args.optimizer](model.parameters(), lr).step()
+        new = torch.cat([response_logprobs(model, ids[rows], attention_mask[rows], P, args.temperature)
+                         for rows in right.split(args.micro_batch_size)])
+        deltas[lr] = likelihood_change(new, old[right], mask[right], group.correct[right]).item()
+        for parameter, value in zip(model.parameters(), initial):
+            parameter.copy_(value)
+    return deltas
+
+
+def theory_check(hidden, tokens, mask, correct, lm_head, lr=THEORY_LR):
+    """(N⁺ · Σ|y| · Δ(x) / lr, −GWHES(x)): equal for lr → 0 if SGD moves an untied lm_head alone (Theorem 4.4).
+
+    hidden (G, T, d) stays as it is, so the head is a matrix of its own here, even where the model ties it. float64."""
+    W = lm_head.detach().double().requires_grad_()                             # (V, d)
+    G, advantages = len(mask), group_advantages(correct.double()[None]).view(-1, 1).expand(mask.shape)
+
+    def logprobs(row):                                                         # (1, T)
+        return torch.log_softmax(hidden[row].double() @ W.T, -1).gather(1, tokens[row][:, None]).T
+
+    with torch.no_grad():
+        old = [logprobs(row) for row in range(G)]
+    weights = token_weights(mask, G).double()
+    for row in range(G):                                                       # one (T, V) matrix at a time
+        one = slice(row, row + 1)
+        grpo_loss(logprobs(row), old[row], advantages[one], mask[one], G, weights=weights[one])[0].backward()
+    torch.optim.SGD([W], lr=lr).step()
+    with torch.no_grad():
+        new = torch.cat([logprobs(row) for row in range(G)])
+    delta = likelihood_change(new, torch.cat(old), mask, correct)
+    scores = nthr_scores(hidden.double(), tokens, mask, correct, lm_head, vocabulary="all")
+    return (correct.sum() * mask.sum() * delta / lr).item(), -gwhes(scores, mask, correct).item()
+
+
+def shared_tokens(group):
+    """Share of a wrong response's tokens that its most similar right response has in the same order, mean over them."""
+    _, _, _, tokens, mask = inputs(group)
+    responses = [row[valid].tolist() for row, valid in zip(tokens, mask)]
+    right = [response for response, correct in zip(responses, group.correct) if correct]
+    shares = [max(sum(block.size for block in SequenceMatcher(None, wrong, other, autojunk=False).get_matching_blocks())
+                  for other in right) / len(wrong)
+              for wrong, correct in zip(responses, group.correct) if not correct]
+    return sum(shares) / len(shares)
+
+
+def variant_name(layer, normalize):
+    return f"layer {layer}, {'cosine' if normalize else 'dot product'}"
+
+
+def study(model, initial, group, args, generator):
+    """One question: a row of questions.csv, {method: {lr: Δ(x)}}, and the same numbers for each layer variant."""
+    _, _, _, tokens, mask = inputs(group)
+    correct, lm_head = group.correct, model.get_output_embeddings().weight.detach()
+    old, hidden = initial_policy(model, group, args)
+    grpo = group_advantages(correct.float()[None]).view(-1, 1).repeat(1, mask.shape[1])            # (G, T)
+    options = {"vocabulary": args.nthr_vocab, "temperature": args.temperature}
+    nthr = nthr_advantages(grpo, hidden, tokens, mask, correct, lm_head, logprobs=old, beta=args.beta, eta=args.eta,
+                           **options)
+    randomly = random_selection(nthr.selected, mask, correct, generator)
+    advantages = {"grpo": grpo, "pos-only": pos_only(grpo), "nthr": nthr.advantages,
+                  "random": torch.where(randomly, nthr.eta * grpo, grpo)}
+    selections = {}
+    for layer, normalize in args.variants[1:]:
+        features = hidden if layer == args.last_layer else layer_states(model, group, layer, args)
+        features = features / features.norm(dim=-1, keepdim=True) if normalize else features
+        scores = scores_from(features, hidden, tokens, mask, correct, lm_head, logprobs=old, **options)
+        chosen = mask & ~correct[:, None] & (scores > nthr_threshold(scores, mask, correct, args.beta))
+        selections[layer, normalize] = chosen
+        advantages[layer, normalize] = torch.where(chosen, nthr.eta * grpo, grpo)
+    selections[args.variants[0]], advantages[args.variants[0]] = nthr.selected, nthr.advantages
+    deltas = {}
+    for name, A in advantages.items():
+        same = next((other for other in deltas if torch.equal(A, advantages[other])), None)
+        if same:                                                               # such as GRPO, if nothing is selected
+            deltas[name] = deltas[same]
+            continue
+        backward(model, group, old, A, args)
+        deltas[name] = updated_likelihoods(model, initial, group, old, args.lrs, args)
+    limit, minus_gwhes = theory_check(hidden, tokens, mask, correct, lm_head / args.temperature)
+    row = {"index": group.index, "problem": group.problem, "group_size": len(correct), "correct": int(correct.sum()),
+           "tokens": int(mask.sum()), "negative_tokens": int(mask[~correct].sum()),
+           "selected": int(nthr.selected.sum()), "tau": nthr.tau.item(), "eta": nthr.eta,
+           "gwhes": -minus_gwhes, "theory_limit": limit, "overlap": shared_tokens(group)}
+    row |= {f"delta {method}": deltas[method][args.lr] for method in METHODS}
+    for variant, chosen in selections.items() if len(selections) > 1 else ():
+        name = variant_name(*variant)
+        row |= {f"selected {name}": int(chosen.sum()), f"selected in both {name}": int((chosen & nthr.selected).sum()),
+                f"delta {name}": deltas[variant][args.lr]}
+    return row, {method: deltas[method] for method in METHODS}
+
+
+def column(rows, name):
+    return np.array([row[name] for row in rows], dtype=float)
+
+
+def rank_correlation(a, b):
+    """Spearman's, of values without ties."""
+    return float(np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1])
+
+
+def against(delta, grpo):
+    """Shares of questions where a method's Δ(x) lies above, at and below GRPO's."""
+    return {"above GRPO": (delta > grpo).mean(), "equal": (delta == grpo).mean(), "below": (delta < grpo).mean()}
+
+
+def method_table(rows):
+    grpo, negative, table = column(rows, "delta grpo"), column(rows, "negative_tokens").sum(), []
+    for method, name in METHODS.items():
+        delta, selected = column(rows, f"delta {method}"), column(rows, "selected").sum() / negative
+        table.append({"method": name, "mean Δ": delta.mean(), "median Δ": np.median(delta),
+                      "Δ ≤ 0 (LLD)": (delta <= 0).mean(), **against(delta, grpo),
+                      "negative tokens relieved": {"grpo": 0.0, "pos-only": 1.0}.get(method, selected)})
+    return table
+
+
+def overlap_of_k(delta, score, k):
+    """Table 1: the share of the k questions with smallest Δ that are among the k with largest score."""
+    return len(set(delta.argsort()[:k]) & set((-score).argsort()[:k])) / k
+
+
+def gwhes_table(rows):
+    """Table 1 for Eq. 5, and for Eq. 5 over N⁺ Σ|y|, the factor between it and Δ(x)/lr of the head."""
+    delta, score = column(rows, "delta grpo"), column(rows, "gwhes")
+    table = [{"score": name, **{f"K = {k}": overlap_of_k(delta, values, k) for k in (10, 15)},
+              "rank correlation with −Δ": rank_correlation(-delta, values)}
+             for name, values in (("GWHES (Eq. 5)", score),
+                                  ("GWHES / (N⁺ Σ|y|)", score / (column(rows, "correct") * column(rows, "tokens"))))]
+    return [*table, {"score": "expected at random", **{f"K = {k}": min(1, k / len(rows)) for k in (10, 15)},
+                     "rank correlation with −Δ": 0.0}]
+
+
+def step_table(curves, lrs):
+    table = []
+    for lr in lrs:
+        delta = {method: np.array([curve[method][lr] for curve in curves]) for method in METHODS}
+        table.append({"step size": lr, **{f"mean Δ/step {METHODS[method]}": delta[method].mean() / lr for method in METHODS},
+                      "GRPO Δ ≤ 0": (delta["grpo"] <= 0).mean(),
+                      **{f"{name} above GRPO": (delta[method] > delta["grpo"]).mean()
+                         for method, name in (("nthr", "NTHR"), ("random", "Random"))}})
+    return table
+
+
+def layer_table(rows, variants):
+    """Selection and Δ with hidden states of other layers; the first variant is the paper's."""
+    grpo, negative, table = column(rows, "delta grpo"), column(rows, "negative_tokens").sum(), []
+    paper = column(rows, f"selected {variants[0]}").sum()
+    for variant in variants:
+        delta, selected = column(rows, f"delta {variant}"), column(rows, f"selected {variant}").sum()
+        both = column(rows, f"selected in both {variant}").sum()
+        table.append({"hidden states": variant, "selected": selected / negative,
+                      "Jaccard with the first row": both / max(1, paper + selected - both), "mean Δ": delta.mean(),
+                      **against(delta, grpo)})
+    return table
+
+
+def overlap_table(rows):
+    """Quarters of the questions by the share of tokens that their wrong and right answers have in common."""
+    table = []
+    for part in np.array_split(column(rows, "overlap").argsort(kind="stable"), min(4, len(rows))):
+        part = [rows[i] for i in part]
+        grpo, nthr, overlap = (column(part, name) for name in ("delta grpo", "delta nthr", "overlap"))
+        table.append({"shared tokens": f"{overlap.min():.0%} to {overlap.max():.0%}", "questions": len(part),
+                      "selected": column(part, "selected").sum() / column(part, "negative_tokens").sum(),
+                      "mean Δ GRPO": grpo.mean(), "mean Δ NTHR": nthr.mean(), "difference": (nthr - grpo).mean(),
+                      **against(nthr, grpo)})
+    return table
+
+
+def text(table):
+    """Markdown: Δ in three digits, shares in percent."""
+    def show(name, value):
+        if not isinstance(value, float):
+            return str(value).replace("|", "\\|")
+        if name.startswith(("mean Δ/step", "rank", "Jaccard")):
+            return f"{value:.2f}"
+        return f"{value:.2e}" if name.startswith(("mean", "median", "difference")) else (
+            f"{value:g}" if name == "step size" else f"{value:.1%}")
+
+    return common.markdown(table[0], [[show(*item) for item in row.items()] for row in table])
+
+
+def bars(rows, methods, title, path):
+    """Figures 1 and 4: Δ(x) of each question, side by side, questions sorted by GRPO's."""
+    order, width = column(rows, "delta grpo").argsort(), 0.8 / len(methods)
+    figure, axes = plt.subplots(figsize=(min(16, max(6, len(rows) / 14)), 3.6), layout="constrained")
+    for i, method in enumerate(methods):
+        axes.bar(np.arange(len(rows)) + (i - (len(methods) - 1) / 2) * width, column(rows, f"delta {method}")[order],
+                 width, color=COLORS[method], label=METHODS[method])
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set(xlabel="question, sorted by GRPO's Δ(x)", ylabel="Δ(x), nats", title=title, xlim=(-1, len(rows)))
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def step_picture(curves, lrs, path):
+    """Mean Δ/lr, and the share of questions where a method beats GRPO, as functions of the step size."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for method, marker in zip(METHODS, "os^D"):
+        delta = np.array([[curve[method][lr] for lr in lrs] for curve in curves])                  # (n, step sizes)
+        grpo = np.array([[curve["grpo"][lr] for lr in lrs] for curve in curves])
+        style = {"color": COLORS[method], "marker": marker, "label": METHODS[method]}
+        left.plot(lrs, delta.mean(0) / lrs, **style)
+        if method != "grpo":
+            right.plot(lrs, (delta > grpo).mean(0), **style)
+    left.axhline(0, color="black", linewidth=0.8)
+    left.set(xscale="log", xlabel="step size", ylabel="mean Δ(x) / step size", title="constant where Δ is a derivative")
+    right.set(xscale="log", xlabel="step size", ylabel="share of questions", ylim=(0, 1), title="Δ(x) above GRPO's")
+    left.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def theory_line(rows):
+    limit, expected = column(rows, "theory_limit"), -column(rows, "gwhes")
+    error = np.abs(limit - expected).max() / np.abs(expected).max()
+    return error, (f"Theorem 4.4, lm_head alone, SGD step {THEORY_LR:g}: N⁺ Σ|y| Δ/lr equals −GWHES on all {len(rows)} "
+                   f"questions within {error:.1e} of the largest")
+
+
+def main(argv=None):
+    args = common.parse(build_parser(), argv)
+    for flag, values in (("lr", [args.lr]), ("sweep", args.sweep)):
+        if not all(0 < lr < math.inf for lr in values):
+            train.fail(f"--{flag} must be finite and above 0, got {values}")
+    if args.micro_batch_size < 1:
+        train.fail(f"--micro-batch-size must be at least 1, got {args.micro_batch_size}")
+    try:
+        nthr_eta(0.5, args.eta), nthr_threshold(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1), args.beta)
+    except ValueError as error:
+        train.fail(error)
+    start = time.perf_counter()
+    model, tokenizer, problems, prompts = common.load(args)
+    layers = model.config.get_text_config().num_hidden_layers
+    if not all(0 <= layer <= layers for layer in args.layer):
+        train.fail(f"--layer must be 0 (embeddings) to {layers} (after the final norm), got {args.layer}")
+    args.variants = [(layer, normalize) for layer in dict.fromkeys([layers, *args.layer])          # the paper's first
+                     for normalize in ((False, True) if args.normalize else (False,))]
+    args.last_layer, args.lrs = layers, sorted({args.lr, *args.sweep})
+    out = common.make_folder(args.out)
+    groups, sampled = common.mixed_groups(model, tokenizer, problems, prompts, args)
+    initial = [parameter.detach().clone() for parameter in model.parameters()]
+    generator = torch.Generator().manual_seed(args.seed)
+    rows, curves = map(list, zip(*(study(model, initial, group, args, generator)
+                                   for group in tqdm(groups, desc="one update per method", unit=" questions"))))
+    error, theory = theory_line(rows)
+    tables = {f"Δ(x) after one {args.optimizer} step of size {args.lr:g}": method_table(rows),
+              "Table 1: do the laziest questions have the largest GWHES?": gwhes_table(rows),
+              "Step size": step_table(curves, args.lrs)}
+    if len(args.variants) > 1:
+        tables["Other hidden states in Eq. 7"] = layer_table(rows, [variant_name(*v) for v in args.variants])
+    if args.overlap:
+        tables["Questions by what their wrong answers share with the right ones"] = overlap_table(rows)
+    seconds = time.perf_counter() - start
+    source = common.provenance(args, seconds)
+    lines = [f"{len(rows)} questions with right and wrong answers of {sampled} sampled, G = {args.group_size}, seed "
+             f"{args.seed}, {seconds:.0f} s on {source['machine']}:", "", f"    {source['command']}", ""]
+    for title, table in tables.items():
+        lines += [f"**{title}**", "", text(table), ""]
+    print("\n".join(lines), theory, sep="\n")
+    (out / "tables.md").write_text("\n".join([*lines, theory, ""]), encoding="utf-8")
+    common.write_csv(out / "questions.csv", rows)
+    common.write_json(out / "results.json", {**source, "sampled": sampled, "tables": tables, "theory_error": error})
+    bars(rows, ("grpo", "pos-only"), "Figure 1: GRPO and Pos Only", out / "figure1.png")
+    bars(rows, ("grpo", "random", "nthr"), "Figure 4: GRPO, + Random and + NTHR", out / "figure4.png")
+    step_picture(curves, args.lrs, out / "step_size.png")
+
+
+if __name__ == "__main__":
+    main()
