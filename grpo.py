@@ -56,7 +56,8 @@ def random_selection(selected, mask, correct, generator):
 
 def _token_logprobs(hidden, tokens, lm_head, temperature):
     """(n, d) hidden states, (n,) tokens -> (n,) log softmax(lm_head(hidden) / temperature)[token]."""
-    logits = lm_head(hidden).float() / temperature                             # (n, V)
+    logits = lm_head(hidden)                                                   # (n, V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     return logits.gather(1, tokens[:, None])[:, 0] - torch.logsumexp(logits, dim=1)
 
 
@@ -73,8 +74,8 @@ def response_logprobs(model, ids, attention_mask, prompt_length, temperature=1.0
     """ln π(y_{i,k} | x, y_{i,<k}) of the response tokens under the distribution that they were sampled from.
 
     ids, attention_mask (B, P+T): prompts left-padded to P = prompt_length, responses right-padded. model: a Hugging
-    Face causal LM. Returns float32 (B, T), 0 on padding; with return_hidden also the states (B, T, d) that predict
-    those tokens, i.e. the input of lm_head.
+    Face causal LM. Returns (B, T), float32 (float64 for a float64 model), 0 on padding; with return_hidden also the
+    states (B, T, d) that predict those tokens, i.e. the input of lm_head.
 
     The base model runs once. The lm_head is applied to a few tokens at a time and again in the backward pass, so a
     (B, T, V) tensor never exists. Raises ValueError where logits are not lm_head(hidden), see `check_head`."""
@@ -91,7 +92,8 @@ def response_logprobs(model, ids, attention_mask, prompt_length, temperature=1.0
     chunk = max(1, LOGITS_AT_ONCE // lm_head.weight.shape[0])
     logprobs = [checkpoint(_token_logprobs, h, y, lm_head, temperature, use_reentrant=False, preserve_rng_state=False)
                 for h, y in zip(states[valid].split(chunk), ids[:, prompt_length:][valid].split(chunk))]
-    logprobs = torch.zeros(valid.shape, device=ids.device).masked_scatter(valid, torch.cat(logprobs))
+    logprobs = torch.cat(logprobs)
+    logprobs = torch.zeros(valid.shape, dtype=logprobs.dtype, device=ids.device).masked_scatter(valid, logprobs)
     return (logprobs, states) if return_hidden else logprobs
 
 

@@ -55,9 +55,10 @@ def parse(parser, argv):
     """Flags -> Namespace, with the defaults of --model; one line for values that cannot work."""
     args = parser.parse_args(argv)
     embedded = Path(args.model).resolve() in train.EMBEDDED
-    for name, value in train.defaults_of(args.model).items():
-        if getattr(args, name, 0) is None:
-            setattr(args, name, value)
+    defaults = train.defaults_of(args.model)
+    for name in ("data", "reward", "max_new_tokens", "max_sequences", "micro_batch_size"):
+        if getattr(args, name, 0) is None:                                     # 0: not a flag of this script
+            setattr(args, name, defaults[name])
     if args.questions is None:
         args.questions = args.questions_by_model[not embedded]
     for name, least in (("questions", 1), ("group_size", 2), ("max_new_tokens", 1), ("max_sequences", 1), ("seed", 0)):

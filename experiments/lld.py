@@ -9,13 +9,15 @@ For each question, G responses are sampled from the same initial policy; groups 
 kept. From those same responses one update is made with each of GRPO, Pos Only (§3), GRPO + Random and GRPO + NTHR
 (β = 1, η = 0, §5.3), parameters and optimizer re-initialised each time, and Δ(x) is measured. Plain SGD, the default, is
 the gradient flow of Theorem 4.4: for small --lr, Δ(x)/lr is a derivative. The first step of a fresh AdamW is about
-lr · sign(gradient), so every parameter moves by lr however small its gradient is. No gradient clipping, all in float32.
+lr · sign(gradient), so every parameter moves by lr however small its gradient is. No gradient clipping. The embedded
+models are updated in float64, where rounding cannot reach Δ(x), real ones in float32.
 
 Writes tables.md, questions.csv (a row per question), results.json, figure1.png, figure4.png and step_size.png.
 """
 import math
 import time
 from difflib import SequenceMatcher
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -36,6 +38,8 @@ METHODS = {"grpo": "GRPO", "pos-only": "Pos Only", "random": "GRPO + Random", "n
 COLORS = {"grpo": "#b2182b", "pos-only": "#4393c3", "random": "#999999", "nthr": "#1b7837"}
 OPTIMIZERS = {"sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr),
               "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)}
+BARS = 60          # about as many questions as the paper's figures show
+STEPS = {"sgd": [1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0], "adamw": [1e-6, 1e-5, 1e-4, 3e-4, 1e-3]}
 THEORY_LR = 1e-6   # small enough for a derivative, large enough for float64
 
 
@@ -43,9 +47,9 @@ def build_parser():
     parser = common.build_parser(__doc__, "lld", questions=(200, 50))
     add = train.adder(parser.add_argument_group("the one update"))
     add("--optimizer", choices=OPTIMIZERS, default="sgd", help="plain SGD (Theorem 4.4), or a fresh AdamW (a sign step)")
-    add("--lr", type=float, default=1e-3, help="step size of the figures and tables")
-    add("--sweep", type=float, nargs="*", metavar="LR", default=[1e-4, 1e-3, 1e-2, 1e-1, 0.3, 1.0],
-        help="further step sizes, for the table and picture of Δ(x) as a function of the step")
+    add("--lr", type=float, help="step size of the figures and tables (default: sgd 1e-3, adamw 1e-4)")
+    add("--sweep", type=float, nargs="*", metavar="LR", help="further step sizes, for the table and picture of Δ(x) as "
+        f"a function of the step (default: {STEPS})")
     add("--beta", type=float, default=1.0, help="β of the threshold τ")
     add("--eta", default="0", help="η: a rule of Table 5 or a number; §5.3 uses 0")
     add("--nthr-vocab", default="responses", choices=["responses", "all"], help="V*_x (App. 7.4), or Eq. 7 exactly")
@@ -206,8 +210,8 @@ def column(rows, name):
 
 
 def rank_correlation(a, b):
-    """Spearman's, of values without ties."""
-    return float(np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1])
+    """Spearman's, of values without ties; None for fewer than two."""
+    return None if len(a) < 2 else float(np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1])
 
 
 def against(delta, grpo):
@@ -226,8 +230,8 @@ def method_table(rows):
 
 
 def overlap_of_k(delta, score, k):
-    """Table 1: the share of the k questions with smallest Δ that are among the k with largest score."""
-    return len(set(delta.argsort()[:k]) & set((-score).argsort()[:k])) / k
+    """Table 1: the share of the k questions with smallest Δ that are among the k with largest score; None if k > n."""
+    return None if k > len(delta) else len(set(delta.argsort()[:k]) & set((-score).argsort()[:k])) / k
 
 
 def gwhes_table(rows):
@@ -237,7 +241,7 @@ def gwhes_table(rows):
               "rank correlation with −Δ": rank_correlation(-delta, values)}
              for name, values in (("GWHES (Eq. 5)", score),
                                   ("GWHES / (N⁺ Σ|y|)", score / (column(rows, "correct") * column(rows, "tokens"))))]
-    return [*table, {"score": "expected at random", **{f"K = {k}": min(1, k / len(rows)) for k in (10, 15)},
+    return [*table, {"score": "expected at random", **{f"K = {k}": k / len(rows) if k <= len(rows) else None for k in (10, 15)},
                      "rank correlation with −Δ": 0.0}]
 
 
@@ -281,6 +285,8 @@ def overlap_table(rows):
 def text(table):
     """Markdown: Δ in three digits, shares in percent."""
     def show(name, value):
+        if value is None:
+            return "–"
         if not isinstance(value, float):
             return str(value).replace("|", "\\|")
         if name.startswith(("mean Δ/step", "rank", "Jaccard")):
@@ -292,15 +298,21 @@ def text(table):
 
 
 def bars(rows, methods, title, path):
-    """Figures 1 and 4: Δ(x) of each question, side by side, questions sorted by GRPO's."""
+    """Figures 1 and 4: Δ(x) of each question, side by side, questions sorted by GRPO's; at most BARS of them, evenly."""
     order, width = column(rows, "delta grpo").argsort(), 0.8 / len(methods)
-    figure, axes = plt.subplots(figsize=(min(16, max(6, len(rows) / 14)), 3.6), layout="constrained")
+    if len(order) > BARS:
+        title += f" ({BARS} of {len(order)} questions, evenly along the order)"
+        order = order[np.linspace(0, len(order) - 1, BARS).round().astype(int)]
+    figure, axes = plt.subplots(figsize=(12, 3.8), layout="constrained")
     for i, method in enumerate(methods):
-        axes.bar(np.arange(len(rows)) + (i - (len(methods) - 1) / 2) * width, column(rows, f"delta {method}")[order],
+        axes.bar(np.arange(len(order)) + (i - (len(methods) - 1) / 2) * width, column(rows, f"delta {method}")[order],
                  width, color=COLORS[method], label=METHODS[method])
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set(xlabel="question, sorted by GRPO's Δ(x)", ylabel="Δ(x), nats", title=title, xlim=(-1, len(rows)))
-    axes.legend(frameon=False)
+    axes.set(xlabel="questions, sorted by GRPO's Δ(x)", ylabel="Δ(x), nats", title=title, xlim=(-1, len(order)),
+             xticks=[])
+    # linear up to the median, logarithmic beyond: a few questions move a hundred times as far as most
+    axes.set_yscale("symlog", linthresh=float(np.median(np.abs(column(rows, "delta grpo")))) or 1.0)
+    axes.legend(frameon=False, loc="upper left")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -332,6 +344,8 @@ def theory_line(rows):
 
 def main(argv=None):
     args = common.parse(build_parser(), argv)
+    args.lr = {"sgd": 1e-3, "adamw": 1e-4}[args.optimizer] if args.lr is None else args.lr
+    args.sweep = STEPS[args.optimizer] if args.sweep is None else args.sweep
     for flag, values in (("lr", [args.lr]), ("sweep", args.sweep)):
         if not all(0 < lr < math.inf for lr in values):
             train.fail(f"--{flag} must be finite and above 0, got {values}")
@@ -351,6 +365,8 @@ def main(argv=None):
     args.last_layer, args.lrs = layers, sorted({args.lr, *args.sweep})
     out = common.make_folder(args.out)
     groups, sampled = common.mixed_groups(model, tokenizer, problems, prompts, args)
+    if Path(args.model).resolve() in train.EMBEDDED:
+        model = model.double()
     initial = [parameter.detach().clone() for parameter in model.parameters()]
     generator = torch.Generator().manual_seed(args.seed)
     rows, curves = map(list, zip(*(study(model, initial, group, args, generator)

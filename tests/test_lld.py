@@ -1,0 +1,291 @@
+"""experiments/lld.py: its updates against plain full-logits ones, its tables against its CSV, Theorem 4.4 against loops."""
+import copy
+import csv
+import json
+import math
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import common  # noqa: E402
+import lld  # noqa: E402
+
+FLAGS = ["--questions", "6", "--sweep", "0.01", "--layer", "1", "--normalize", "--overlap", "--seed", "3"]
+METHODS = ("grpo", "pos-only", "random", "nthr")
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """The script at a small size, its rows as numbers, and the same groups sampled again."""
+    out = tmp_path_factory.mktemp("lld")
+    lld.main([*FLAGS, "--out", str(out)])
+    with (out / "questions.csv").open(encoding="utf-8") as file:
+        rows = [{key: value if key == "problem" else float(value) for key, value in row.items()}
+                for row in csv.DictReader(file)]
+    args = common.parse(lld.build_parser(), FLAGS)
+    model, *loaded = common.load(args)
+    groups, _ = common.mixed_groups(model, *loaded, args)
+    return out, rows, model, groups
+
+
+def logprobs_of(model, group):
+    """(G, T) ln π of the response tokens from the full logits, and what else a test needs."""
+    rollout = group.rollout
+    P, ids = rollout.prompt_ids.shape[1], torch.cat([rollout.prompt_ids, rollout.response_ids], 1)
+    attention = torch.cat([rollout.prompt_mask, rollout.response_mask], 1).long()
+    positions = (attention.cumsum(1) - 1).clamp(min=0)
+    logits = model(input_ids=ids, attention_mask=attention, position_ids=positions).logits[:, P - 1:-1]
+    return torch.log_softmax(logits, -1).gather(-1, rollout.response_ids[..., None])[..., 0]
+
+
+def update_and_measure(model, group, factors, lr, adam=False):
+    """Δ(x) after one step that ascends Σ factor · ln π / Σ|y|, on a float64 copy, all written out."""
+    model = copy.deepcopy(model).double()
+    mask = group.rollout.response_mask
+    before = logprobs_of(model, group)
+    ((before * factors * mask).sum() / mask.sum()).backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            g = parameter.grad
+            parameter += lr * (g / (g.abs() + 1e-8) if adam else g)            # a fresh AdamW: m̂/(√v̂ + ε) = g/(|g| + ε)
+        change = ((logprobs_of(model, group) - before) * mask).sum(1)
+    return change[group.correct].mean().item()
+
+
+def grpo_factors(group):
+    p = group.correct.double().mean()
+    sigma = (p * (1 - p)).sqrt()
+    return torch.where(group.correct, (1 - p) / sigma, -p / sigma)[:, None]
+
+
+@pytest.mark.parametrize("question", [0, 3])
+def test_each_update_is_one_plain_sgd_step_on_the_question(result, question):
+    _, rows, model, groups = result
+    group, row = groups[question], rows[question]
+    factors = grpo_factors(group)
+    assert row["delta grpo"] == pytest.approx(update_and_measure(model, group, factors, 1e-3), rel=1e-5)
+    positive = update_and_measure(model, group, factors.clamp(min=0), 1e-3)
+    assert row["delta pos-only"] == pytest.approx(positive, rel=1e-5)
+
+
+def test_nthr_relieves_the_tokens_above_the_threshold_fully(result):
+    """Eq. 7 written out again for one group, from full logits and the last hidden states."""
+    _, rows, model, groups = result
+    question = max(range(len(rows)), key=lambda i: rows[i]["selected"])
+    group, row = groups[question], rows[question]
+    rollout, m64 = group.rollout, copy.deepcopy(model).double()
+    P, mask = rollout.prompt_ids.shape[1], rollout.response_mask
+    ids = torch.cat([rollout.prompt_ids, rollout.response_ids], 1)
+    attention = torch.cat([rollout.prompt_mask, mask], 1).long()
+    with torch.no_grad():
+        hidden = m64.base_model(input_ids=ids, attention_mask=attention,
+                                position_ids=(attention.cumsum(1) - 1).clamp(min=0)).last_hidden_state[:, P - 1:-1]
+        pi = torch.softmax(hidden @ m64.lm_head.weight.T, -1)
+    in_use = torch.zeros(pi.shape[-1], dtype=bool)
+    in_use[rollout.response_ids[mask]] = True                                  # V*_x
+    errors = (torch.nn.functional.one_hot(rollout.response_ids, len(in_use)) - pi)[..., in_use]
+    a, b = errors[group.correct][mask[group.correct]], hidden[group.correct][mask[group.correct]]
+    scores = ((errors @ a.T) * (hidden @ b.T)).sum(-1)
+    means = [scores[i][mask[i]].mean() for i in group.correct.nonzero()[:, 0]]
+    chosen = mask & ~group.correct[:, None] & (scores > min(means))
+    assert row["selected"] == chosen.sum() > 0 and row["tau"] == pytest.approx(min(means).item(), rel=1e-4)
+    factors = grpo_factors(group).masked_fill(chosen, 0.0)
+    assert row["delta nthr"] == pytest.approx(update_and_measure(model, group, factors, 1e-3), rel=1e-5)
+    assert row["negative_tokens"] == mask[~group.correct].sum() and row["correct"] == group.correct.sum()
+
+
+def test_adamw_is_a_fresh_sign_step(result, tmp_path):
+    _, _, model, groups = result
+    lld.main(["--questions", "1", "--seed", "3", "--optimizer", "adamw", "--sweep", "--out", str(tmp_path)])
+    row = next(csv.DictReader((tmp_path / "questions.csv").open(encoding="utf-8")))
+    expected = update_and_measure(model, groups[0], grpo_factors(groups[0]), 1e-4, adam=True)
+    assert float(row["delta grpo"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_parameters_are_put_back_and_equal_advantages_share_an_update(result):
+    _, _, model, groups = result
+    args = common.parse(lld.build_parser(), FLAGS)
+    args.lr, args.lrs, args.last_layer, args.variants = 1.0, [1.0], 3, [(3, False)]
+    args.beta = 1e9                                                            # nothing is selected
+    model = copy.deepcopy(model).double()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    row, deltas = lld.study(model, before, groups[0], args, torch.Generator())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    assert row["selected"] == 0 and deltas["grpo"] == deltas["nthr"] == deltas["random"] != deltas["pos-only"]
+
+
+# ---- Theorem 4.4 and Eq. 7 with other states
+
+def random_group(seed, G=4, T=5, d=6, V=9):
+    g = torch.Generator().manual_seed(seed)
+    hidden, W = torch.randn(G, T, d, generator=g), torch.randn(V, d, generator=g)
+    tokens = torch.randint(V, (G, T), generator=g)
+    mask = torch.arange(T) < torch.randint(1, T + 1, (G, 1), generator=g)
+    return hidden, tokens, mask, torch.tensor([True, False, True, False])[:G], W
+
+
+def gwhes_by_loops(hidden, tokens, mask, correct, W):
+    """Eq. 5 as printed, with p⁺ and p⁻ of Lemma 4.2."""
+    hidden, W = hidden.double(), W.double()
+    p = correct.double().mean().item()
+    p_plus, p_minus = (1 - p) / math.sqrt(p * (1 - p)), p / math.sqrt(p * (1 - p))
+    valid = [tuple(index) for index in mask.nonzero().tolist()]
+    error = {i: torch.eye(len(W), dtype=torch.double)[tokens[i]] - torch.softmax(W @ hidden[i], 0) for i in valid}
+    total = 0.0
+    for a in valid:
+        for b in valid:
+            if correct[a[0]]:
+                term = (error[a] @ error[b] * (hidden[a] @ hidden[b])).item()
+                total += -p_plus * term if correct[b[0]] else p_minus * term
+    return total
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_theorem_4_4_the_step_of_an_untied_head_alone_is_minus_gwhes(seed):
+    group = random_group(seed)
+    expected = -gwhes_by_loops(*group)
+    limit, minus_gwhes = lld.theory_check(*group)
+    assert minus_gwhes == pytest.approx(expected, rel=1e-5)
+    assert limit == pytest.approx(expected, rel=1e-3)
+    errors = [abs(lld.theory_check(*group, lr=lr)[0] - expected) for lr in (1e-2, 1e-3, 1e-4)]
+    assert 5 < errors[0] / errors[1] < 20 and 5 < errors[1] / errors[2] < 20   # a first-order error: the limit is exact
+
+
+def test_theorem_4_4_holds_on_the_questions_of_the_run(result):
+    _, rows, model, groups = result
+    for row in rows:
+        assert row["theory_limit"] == pytest.approx(-row["gwhes"], rel=1e-3)
+    rollout, group = groups[0].rollout, groups[0]
+    hidden = lld.initial_policy(model, group, common.parse(lld.build_parser(), FLAGS))[1]
+    assert rows[0]["gwhes"] == pytest.approx(gwhes_by_loops(
+        hidden, rollout.inputs(torch.arange(8))[0][:, -hidden.shape[1]:], rollout.response_mask[:, :hidden.shape[1]],
+        group.correct, model.lm_head.weight.detach()), rel=1e-3)
+
+
+def test_scores_from_other_states_keep_alpha_and_replace_the_inner_product():
+    hidden, tokens, mask, correct, W = random_group(7)
+    features = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(8)) * 50
+    scores = lld.scores_from(features, hidden, tokens, mask, correct, W, vocabulary="all")
+    scale = (hidden[mask].square().sum() / features[mask].square().sum()).item()
+    error = torch.nn.functional.one_hot(tokens, len(W)) - torch.softmax(hidden @ W.T, -1)
+    for b in mask.nonzero().tolist():
+        b, expected = tuple(b), 0.0
+        for a in map(tuple, mask.nonzero().tolist()):
+            if correct[a[0]]:
+                expected += (error[a] @ error[b] * (features[a] @ features[b])).item() * scale
+        assert scores[b].item() == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_layer_states_are_those_of_the_model(result):
+    _, rows, model, groups = result
+    args, group = common.parse(lld.build_parser(), FLAGS), groups[1]
+    states, last = lld.layer_states(model, group, 3, args), lld.initial_policy(model, group, args)[1]
+    valid = group.rollout.response_mask[:, :states.shape[1]]
+    assert torch.allclose(states[valid], last[valid], atol=1e-5)               # the last one: what the head reads
+    row = group.correct.nonzero()[0, 0]
+    embedded = model.get_input_embeddings()(group.rollout.response_ids[row, :2])
+    assert torch.equal(lld.layer_states(model, group, 0, args)[row, 1:3], embedded)       # state k holds token k − 1
+
+
+def test_shared_tokens_by_hand():
+    class Rollout:
+        def inputs(self, rows):
+            ids = torch.tensor([[9, 1, 2, 3, 4], [9, 1, 2, 5, 4], [9, 7, 8, 4, 0], [9, 5, 6, 6, 5]])
+            attention = torch.ones_like(ids).bool()
+            attention[2, 4] = False
+            return ids, attention, 1
+
+    group = common.Group(0, "", "", Rollout(), torch.tensor([True, True, False, False]))
+    # [7, 8, 4] shares 4 with either; [5, 6, 6, 5] shares one 5 with the second
+    assert lld.shared_tokens(group) == pytest.approx((1 / 3 + 1 / 4) / 2)
+
+
+# ---- tables, files and flags
+
+def test_tables_are_those_of_the_csv(result):
+    out, rows, _, _ = result
+    record = json.loads((out / "results.json").read_text())
+    tables = list(record["tables"].values())
+    assert record["seed"] == 3 and record["sampled"] >= 6 and record["command"].startswith("python experiments/")
+    methods, table1, steps, layers, overlap = tables
+    assert [row["method"] for row in methods] == ["GRPO", "Pos Only", "GRPO + Random", "GRPO + NTHR"]
+    for method, row in zip(METHODS, methods):
+        delta = [r[f"delta {method}"] for r in rows]
+        assert row["mean Δ"] == pytest.approx(statistics.mean(delta))
+        assert row["median Δ"] == pytest.approx(statistics.median(delta))
+        assert row["Δ ≤ 0 (LLD)"] == sum(d <= 0 for d in delta) / 6
+        assert row["above GRPO"] == sum(r[f"delta {method}"] > r["delta grpo"] for r in rows) / 6
+        assert row["equal"] == sum(r[f"delta {method}"] == r["delta grpo"] for r in rows) / 6
+        assert row["below"] == pytest.approx(1 - row["above GRPO"] - row["equal"])
+    share = sum(r["selected"] for r in rows) / sum(r["negative_tokens"] for r in rows)
+    assert methods[3]["negative tokens relieved"] == methods[2]["negative tokens relieved"] == pytest.approx(share)
+    assert [row["K = 10"] for row in table1] == [None] * 3                     # only 6 questions
+    by_delta = sorted(range(6), key=lambda i: rows[i]["delta grpo"])
+    by_score = sorted(range(6), key=lambda i: -rows[i]["gwhes"])
+    d2 = sum((by_delta.index(i) - by_score.index(i)) ** 2 for i in range(6))
+    assert table1[0]["rank correlation with −Δ"] == pytest.approx(1 - 6 * d2 / (6 * 35))
+    assert [row["step size"] for row in steps] == [0.001, 0.01]
+    assert steps[0]["mean Δ/step GRPO"] == pytest.approx(methods[0]["mean Δ"] / 1e-3)
+    names = [row["hidden states"] for row in layers]
+    assert names == ["layer 3, dot product", "layer 3, cosine", "layer 1, dot product", "layer 1, cosine"]
+    assert layers[0]["mean Δ"] == methods[3]["mean Δ"] and layers[0]["Jaccard with the first row"] == 1
+    for name, row in zip(names, layers):
+        selected, both = (sum(r[f"selected{infix} {name}"] for r in rows) for infix in ("", " in both"))
+        assert row["Jaccard with the first row"] == pytest.approx(
+            both / (selected + sum(r["selected"] for r in rows) - both))
+    assert sum(row["questions"] for row in overlap) == 6
+    part = sorted(rows, key=lambda r: r["overlap"])[:2]
+    assert overlap[0]["difference"] == pytest.approx(
+        statistics.mean(r["delta nthr"] - r["delta grpo"] for r in part))
+
+
+def test_overlap_of_k_by_hand():
+    delta, score = lld.np.array([3.0, -1.0, 0.5, 2.0]), lld.np.array([0.0, 5.0, 1.0, 9.0])
+    assert lld.overlap_of_k(delta, score, 2) == 0.5                            # {1, 2} and {3, 1}
+    assert lld.overlap_of_k(delta, -delta, 3) == 1.0
+
+
+def test_pictures_and_tables_are_written(result):
+    out, rows, _, _ = result
+    for name in ("figure1.png", "figure4.png", "step_size.png"):
+        data = (out / name).read_bytes()
+        assert data[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(data[16:20], "big") > 800, name
+    text = (out / "tables.md").read_text()
+    assert f"{statistics.mean(r['delta nthr'] for r in rows):.2e}" in text and "| GRPO + NTHR |" in text
+    for line in text.splitlines():                                             # a "|" inside a cell is escaped
+        if line.startswith("| GWHES"):
+            assert line.replace("\\|", "").count("|") == 5
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--layer", "4"], "--layer must be 0 (embeddings) to 3"), (["--lr", "0"], "--lr must be finite and above 0"),
+    (["--sweep", "nan"], "--sweep must be"), (["--questions", "0"], "--questions must be at least 1"),
+    (["--group-size", "1"], "--group-size must be at least 2"), (["--eta", "2"], "eta must be one of"),
+    (["--beta", "nan"], "beta must be"), (["--temperature", "0"], "--temperature must be"),
+    (["--micro-batch-size", "0"], "--micro-batch-size must be"), (["--model", "/none"], "cannot load the model /none"),
+    (["--data", "none.jsonl"], "cannot read the data file"), (["--reward", "x.txt:f"], "--reward must be"),
+    (["--out", str(ROOT / "README.md")], "cannot be used as a folder")])
+def test_bad_flags_end_with_one_line(flags, words, tmp_path):
+    with pytest.raises(SystemExit) as ending:
+        lld.main(["--out", str(tmp_path), *flags])
+    assert words in ending.value.code and "\n" not in ending.value.code
+
+
+def test_groups_without_signal_end_with_one_line(tmp_path):
+    data = tmp_path / "impossible.jsonl"
+    data.write_text('{"problem": "1+1", "answer": "1000"}\n{"problem": "1+2", "answer": "1000"}\n')
+    with pytest.raises(SystemExit, match="none of 2 questions got both right and wrong responses"):
+        lld.main(["--data", str(data), "--out", str(tmp_path / "out")])
+
+
+def test_help():
+    run = subprocess.run([sys.executable, ROOT / "experiments" / "lld.py", "--help"], capture_output=True, text=True)
+    assert run.returncode == 0 and all(f"--{name}" in run.stdout for name in (
+        "model", "data", "seed", "out", "optimizer", "lr", "layer", "normalize", "overlap"))
