@@ -191,7 +191,8 @@ def study(model, initial, group, args, generator):
             deltas[name] = deltas[same]
             continue
         backward(model, group, old, A, args)
-        deltas[name] = updated_likelihoods(model, initial, group, old, args.lrs, args)
+        deltas[name] = updated_likelihoods(model, initial, group, old,
+                                           args.lrs if name in METHODS else [args.lr], args)
     limit, minus_gwhes = theory_check(hidden, tokens, mask, correct, lm_head / args.temperature)
     row = {"index": group.index, "problem": group.problem, "group_size": len(correct), "correct": int(correct.sum()),
            "tokens": int(mask.sum()), "negative_tokens": int(mask[~correct].sum()),
