@@ -18,8 +18,10 @@ Expected with seed 0: 5 minutes on one core, 2.36 MB, test accuracy 55% greedy a
 import argparse
 import json
 import random
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Callable
 
 import torch
 from tqdm import tqdm
@@ -37,6 +39,19 @@ CHAT_TEMPLATE = (
     "{{ messages[-1]['content'].split('\\n')[0] }}"
     "{% if add_generation_prompt %}{{ '" + MARKER + "' }}{% endif %}"
 )
+
+
+@dataclass
+class Task:
+    """What a pupil is to learn, and how its answers are checked."""
+    folder: Path
+    make_problem: Callable  # (rng) -> problem
+    solve: Callable  # (problem, rng) -> the pupil's response, right or wrong
+    answer: Callable  # (problem) -> the right answer
+    reward: Callable  # (response, answer) -> 1 if right, else 0
+    target: float  # sampled validation accuracy to stop at
+    words: tuple = ()  # each gets a token of its own, with and without a space before it
+    decay_from: int = MAX_STEPS  # after this step the learning rate is a third
 
 
 def make_problem(rng):
@@ -75,16 +90,33 @@ def solve(problem, rng):
     return f"{steps}\\boxed{{{total}}}"
 
 
-def make_tokenizer():
-    """One token per printable ASCII character and newline; any other character is dropped.
+def answer(problem):
+    """The sum, as text."""
+    return str(sum(terms_of(problem)))
 
-    It is Qwen2's tokenizer without a merge, because AutoTokenizer rebuilds that class for every
+
+def reward(response, answer):
+    """1 if the response ends in the right box, else 0."""
+    return float(response.endswith(f"\\boxed{{{answer}}}"))
+
+
+SUMS = Task(Path(__file__).parent, make_problem, solve, answer, reward, TARGET)
+
+
+def make_tokenizer(words):
+    """One token per printable ASCII character, newline and word; any other character is dropped.
+
+    It is Qwen2's tokenizer with no other merge, because AutoTokenizer rebuilds that class for every
     Qwen2 folder. Its alphabet writes a space as \u0120 and a newline as \u010a.
     """
     special = ["<pad>", "<eos>", "<unk>", MARKER]
     alphabet = ["\u010a", "\u0120"] + [chr(code) for code in range(33, 127)]
+    merges = []
+    for word in words:  # PUSH: P U, PU S, PUS H, and with a space: \u0120 PUSH
+        merges += [(word[:i], word[i]) for i in range(1, len(word))] + [("\u0120", word)]
+    tokens = special + alphabet + ["".join(merge) for merge in merges]
     tokenizer = Qwen2Tokenizer(
-        vocab={token: i for i, token in enumerate(special + alphabet)}, merges=[],
+        vocab={token: i for i, token in enumerate(tokens)}, merges=merges,
         pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
         additional_special_tokens=[MARKER], padding_side="left", model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,
@@ -123,23 +155,24 @@ def answers(model, tokenizer, problems, sample):
     return tokenizer.batch_decode(out[:, batch.input_ids.shape[1]:], skip_special_tokens=True)
 
 
-def accuracy(model, tokenizer, problems, sample):
-    """Share of the problems whose response ends in the right box."""
+def accuracy(task, model, tokenizer, problems, sample):
+    """Share of the problems whose response is right."""
     responses = answers(model, tokenizer, problems, sample)
-    right = [r.endswith(f"\\boxed{{{sum(terms_of(p))}}}") for r, p in zip(responses, problems)]
-    return sum(right) / len(right)
+    return sum(task.reward(r, task.answer(p)) for r, p in zip(responses, problems)) / len(problems)
 
 
-def train(model, tokenizer, rng, held_out, validation):
-    """Supervised stage: fresh problems until sampled accuracy on `validation` reaches TARGET."""
+def train(task, model, tokenizer, rng, held_out, validation):
+    """Supervised stage: fresh problems until sampled accuracy on `validation` reaches the target."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95))
     progress = tqdm(range(1, MAX_STEPS + 1), desc="supervised")
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, step / WARMUP)
-        stream = iter(lambda: make_problem(rng), None)  # endless
+            if step > task.decay_from:
+                group["lr"] /= 3
+        stream = iter(lambda: task.make_problem(rng), None)  # endless
         problems = list(islice((p for p in stream if p not in held_out), BATCH))
-        texts = [p + MARKER + solve(p, rng) + tokenizer.eos_token for p in problems]
+        texts = [p + MARKER + task.solve(p, rng) + tokenizer.eos_token for p in problems]
         batch = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="right",
                           return_tensors="pt")
         ids = batch.input_ids
@@ -152,24 +185,24 @@ def train(model, tokenizer, rng, held_out, validation):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % CHECK_EVERY == 0:
-            sampled = accuracy(model, tokenizer, validation, sample=True)
+            sampled = accuracy(task, model, tokenizer, validation, sample=True)
             progress.set_postfix(loss=f"{loss.item():.3f}", sampled=f"{sampled:.2f}")
-            if sampled >= TARGET:
+            if sampled >= task.target:
                 return
     raise RuntimeError(f"sampled accuracy is {sampled:.2f} after {MAX_STEPS} steps, expected at "
-                       f"least {TARGET}: try another --seed")
+                       f"least {task.target}: try another --seed")
 
 
-def write_lines(path, problems):
+def write_lines(path, problems, answer):
     """One JSON object per line: the problem and its answer, both strings."""
-    lines = [json.dumps({"problem": p, "answer": str(sum(terms_of(p)))}) for p in problems]
+    lines = [json.dumps({"problem": p, "answer": answer(p)}) for p in problems]
     path.write_text("\n".join(lines) + "\n")
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Regenerates the tiny model and its problems.")
+def main(task=SUMS):
+    parser = argparse.ArgumentParser(description="Regenerates an embedded model and its problems.")
     parser.add_argument("--seed", type=int, default=0, help="seeds problems, weights and sampling")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write")
+    parser.add_argument("--out", type=Path, default=task.folder, help="folder to write")
     args = parser.parse_args()
     torch.set_num_threads(1)  # sums split over threads differ in their last bit
     torch.manual_seed(args.seed)
@@ -177,23 +210,23 @@ def main():
 
     held_out = {}  # a dict keeps the order of drawing, which a set does not
     while len(held_out) < TRAIN + TEST + VALIDATION:
-        held_out[make_problem(rng)] = None
+        held_out[task.make_problem(rng)] = None
     problems = list(held_out)
     test, validation = problems[:TEST], problems[TEST:TEST + VALIDATION]
     args.out.mkdir(parents=True, exist_ok=True)
-    write_lines(args.out / "test.jsonl", test)
-    write_lines(args.out / "train.jsonl", problems[TEST + VALIDATION:])
+    write_lines(args.out / "test.jsonl", test, task.answer)
+    write_lines(args.out / "train.jsonl", problems[TEST + VALIDATION:], task.answer)
 
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(task.words)
     tokenizer.save_pretrained(args.out)  # before its first use, which would save padding state too
     model = make_model(tokenizer)
-    train(model, tokenizer, rng, held_out, validation)
+    train(task, model, tokenizer, rng, held_out, validation)
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(args.out)
 
-    print(f"sampled accuracy on test {accuracy(model, tokenizer, test, sample=True):.3f}")
-    print(f"greedy accuracy on test  {accuracy(model, tokenizer, test, sample=False):.3f}")
+    print(f"sampled accuracy on test {accuracy(task, model, tokenizer, test, sample=True):.3f}")
+    print(f"greedy accuracy on test  {accuracy(task, model, tokenizer, test, sample=False):.3f}")
     print(f"parameters               {model.num_parameters():,}")
     size = sum(file.stat().st_size for file in args.out.iterdir() if file.is_file())
     print(f"folder                   {size / 1e6:.2f} MB")
