@@ -309,10 +309,11 @@ def bars(rows, methods, title, path):
         axes.bar(np.arange(len(order)) + (i - (len(methods) - 1) / 2) * width, column(rows, f"delta {method}")[order],
                  width, color=COLORS[method], label=METHODS[method])
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set(xlabel="questions, sorted by GRPO's Δ(x)", ylabel="Δ(x), nats", title=title, xlim=(-1, len(order)),
-             xticks=[])
+    shown = np.concatenate([column(rows, f"delta {method}")[order] for method in methods])
     # linear up to the median, logarithmic beyond: a few questions move a hundred times as far as most
-    axes.set_yscale("symlog", linthresh=float(np.median(np.abs(column(rows, "delta grpo")))) or 1.0)
+    axes.set_yscale("symlog", linthresh=float(np.median(np.abs(shown))) or 1.0)
+    axes.set(xlabel="questions, sorted by GRPO's Δ(x)", ylabel="Δ(x), nats", title=title, xlim=(-1, len(order)),
+             xticks=[], ylim=(1.5 * min(0, shown.min()), 1.5 * max(0, shown.max())))
     axes.legend(frameon=False, loc="upper left")
     figure.savefig(path, dpi=110)
     plt.close(figure)

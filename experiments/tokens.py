@@ -254,12 +254,11 @@ def sentences(summary, beta):
     lines = [f"At β = {beta:g} NTHR selects {selected} of the {total} tokens of wrong answers ({selected / total:.1%}) "
              f"in {groups} questions with right and wrong answers of {summary['questions_sampled']} sampled."]
     for name in summary["definitions"]:
-        line = f"Tokens {LABELS[name]}:"
-        for population, words in (("definitions", "of the selected"), ("definitions_unsure", f"where π < {UNSURE}")):
-            if name in summary[population]:
-                row = summary[population][name]["betas"][str(beta)]
-                line += f" {words} {percent(row['precision'])} (random tokens: {percent(row['random_precision'])}),"
-        lines.append(line[:-1] + ".")
+        found = [summary[population][name]["betas"][str(beta)]
+                 for population in ("definitions", "definitions_unsure") if name in summary[population]]
+        nthr, random = ([percent(row[key]) for row in found] for key in ("precision", "random_precision"))
+        line = f"Tokens {LABELS[name]} are {nthr[0]} of the selected ones ({random[0]} of as many random ones)"
+        lines.append(f"{line}; among tokens with π < {UNSURE}, {nthr[1]} ({random[1]})." if found[1:] else f"{line}.")
     if others:
         lines.append(f"No sums of whole numbers: {others} of {groups} problems. Which of their steps are right is not "
                      f"known, so they enter no precision or recall.")
