@@ -143,6 +143,6 @@ def write_csv(path, rows):
 
 
 def markdown(header, rows):
-    """A Markdown table; floats must be formatted already."""
+    """A Markdown table; floats must be formatted already. A "|" inside a cell is escaped."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -290,7 +290,7 @@ def text(table):
         if value is None:
             return "–"
         if not isinstance(value, float):
-            return str(value).replace("|", "\\|")
+            return str(value)
         if name.startswith(("mean Δ/step", "rank", "Jaccard")):
             return f"{value:.2f}"
         return f"{value:.2e}" if name.startswith(("mean", "median", "difference")) else (

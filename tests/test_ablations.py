@@ -190,7 +190,8 @@ def test_every_setting_is_one_run_and_the_tables_follow_from_the_csv(stand_in, c
             assert (row["run"], row["against"] or "", row["seeds"]) == (run, against, 3)
             assert row["eval_accuracy"] == pytest.approx(accuracy.mean(), rel=1e-12)
             assert row["standard_error"] == pytest.approx(error, rel=1e-9)
-            text = f"| {row['setting']} | {100 * accuracy.mean():.2f} ± {100 * error:.2f} | 3 | "
+            setting = row["setting"].replace("|", "\\|")                        # a "|" would end the cell
+            text = f"| {setting} | {100 * accuracy.mean():.2f} ± {100 * error:.2f} | 3 | "
             if against:
                 other = np.array([float(found[against][seed]["eval_accuracy"]) for seed in (4, 5, 6)])
                 difference = accuracy - other
