@@ -192,7 +192,8 @@ def run_file(file):
 
 
 def load_reward(source):
-    """The checker (response, answer) -> 1 if right, else 0: "math" is `math_reward`, else it is FILE.py:FUNCTION."""
+    """The checker (response, answer) -> 1.0 if right, else 0.0: `math_reward` for "math", else from FILE.py:FUNCTION,
+    which may also return an int or a bool; whatever is not 1 counts as wrong."""
     if source == "math":
         return math_reward
     file, _, name = source.rpartition(":")
@@ -200,7 +201,8 @@ def load_reward(source):
         fail(f'--reward must be "math" or FILE.py:FUNCTION, got {source}')
     if not callable(run_file(file).get(name)):
         fail(f"--reward: {file} defines no function {name}")
-    return run_file(file)[name]
+    function = run_file(file)[name]
+    return lambda response, answer: float(function(response, answer) == 1)
 
 
 def load_problems(source):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 
@@ -45,7 +46,7 @@ def build_parser(doc, script, questions):
     add("--max-new-tokens", type=int, help="longest response, in tokens")
     add("--max-sequences", type=int, help="responses sampled together: bounds the KV cache")
     add("--seed", type=int, default=0, help="of the questions, of sampling and of GRPO + Random")
-    add("--device", default="auto", help="auto, cpu, cuda, mps, ...")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--out", help=f"output folder (default: runs/{script}-MODEL)")
     parser.set_defaults(script=script, questions_by_model=questions)
     return parser
@@ -68,6 +69,10 @@ def parse(parser, argv):
         train.fail(f"--temperature must be finite and above 0, got {args.temperature}")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        train.fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0][:200]}")
     train.load_reward(args.reward)
     args.out = args.out or f"runs/{args.script}-{Path(args.model).resolve().name}"
     return args
@@ -81,6 +86,14 @@ def load(args):
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         train.fail(f"{args.model} adds a bias to its logits; Eq. 7 needs softmax(W h): choose another model")
     return model, tokenizer, problems, train.encode_prompts(problems, tokenizer, model, args.max_new_tokens, args.reward)
+
+
+def to_float64(model):
+    """The model in float64 throughout, in place: transformers' RMS norms compute in float32 whatever they are given."""
+    for module in model.double().modules():
+        if hasattr(module, "variance_epsilon"):
+            module.forward = lambda x, norm=module: F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+    return model
 
 
 def mixed_groups(model, tokenizer, problems, prompts, args):
@@ -116,7 +129,8 @@ def mixed_groups(model, tokenizer, problems, prompts, args):
 
 def provenance(args, seconds):
     """Where a result comes from: the command, the settings, the machine and the time."""
-    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+    on_gpu, threads = args.device.startswith("cuda"), torch.get_num_threads()
+    device = torch.cuda.get_device_name(args.device) if on_gpu else f"CPU threads: {threads}"
     return {"command": shlex.join(["python", f"experiments/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
             "seed": args.seed, "machine": f"{platform.machine()}, {device}", "torch": torch.__version__,
             "transformers": transformers.__version__, "seconds": round(seconds, 1)}

@@ -2,18 +2,20 @@ r"""Figures 1 and 4 and Table 1: what ONE update on a question's own samples doe
 
 python experiments/lld.py                                        # embedded model, 200 questions, 1 minute, 2 CPU cores
 python experiments/lld.py --layer 0 1 2 3 --normalize --overlap  # with the tables on what the paper leaves open
-python experiments/lld.py --model tiny/stack                     # programs instead of sums
+python experiments/lld.py --model tiny/stack                     # programs instead of sums, 1 minute
 python experiments/lld.py --model Qwen/Qwen2.5-0.5B              # a real model, one GPU, 50 questions of MATH
 
 For each question, G responses are sampled from the same initial policy; groups with both right and wrong answers are
 kept. From those same responses one update is made with each of GRPO, Pos Only (§3), GRPO + Random and GRPO + NTHR
 (β = 1, η = 0, §5.3), parameters and optimizer re-initialised each time, and Δ(x) is measured. Plain SGD, the default, is
 the gradient flow of Theorem 4.4: for small --lr, Δ(x)/lr is a derivative. The first step of a fresh AdamW is about
-lr · sign(gradient), so every parameter moves by lr however small its gradient is. No gradient clipping. The embedded
-models are updated in float64, where rounding cannot reach Δ(x), real ones in float32.
+lr · sign(gradient): parameters with a gradient far above 1e-8 move by lr, however much larger it is. No gradient
+clipping. Models of up to SMALL parameters are updated in float64, where rounding cannot reach Δ(x); larger ones in
+float32, where differences below about 1e-6 are rounding.
 
-Expect Δ(x) with NTHR above GRPO's on most questions, and no more than chance with Random, while the step is small.
-Writes tables.md, questions.csv (a row per question), results.json, figure1.png, figure4.png and step_size.png.
+Expect Δ(x) with NTHR above GRPO's on most questions while the step is small, and with Random on about half after SGD.
+Writes tables.md, questions.csv (a row per question), steps.csv (Δ(x) at each step size), results.json, figure1.png,
+figure4.png and step_size.png.
 """
 import math
 import time
@@ -36,11 +38,15 @@ matplotlib.use("Agg")                                                          #
 
 # Shapes: G responses of one question, T response tokens, V vocabulary, d hidden size, n questions
 METHODS = {"grpo": "GRPO", "pos-only": "Pos Only", "random": "GRPO + Random", "nthr": "GRPO + NTHR"}
-COLORS = {"grpo": "#b2182b", "pos-only": "#4393c3", "random": "#999999", "nthr": "#1b7837"}
+COLORS = {"grpo": "#e08214", "pos-only": "#4393c3", "random": "#bbbbbb", "nthr": "#542788"}
 OPTIMIZERS = {"sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr),
               "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)}
 BARS = 60          # about as many questions as the paper's figures show
-STEPS = {"sgd": [1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0], "adamw": [1e-6, 1e-5, 1e-4, 3e-4, 1e-3]}
+PAPER_SIZE = 57    # questions of the paper's Table 1: K = 10 is 17.5% of them
+SMALL = 1e8        # parameters
+STEPS = {"sgd": [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0], "adamw": [1e-6, 1e-5, 1e-4, 3e-4, 1e-3]}
+FORMATS = {"mean Δ/step": ".2f", "rank": ".2f", "Jaccard": ".2f", "mean": ".2e", "median": ".2e", "difference": ".2e",
+           "step size": "g"}                                                   # by the start of the column's name
 THEORY_LR = 1e-6   # small enough for a derivative, large enough for float64
 
 
@@ -50,13 +56,13 @@ def build_parser():
     add("--optimizer", choices=OPTIMIZERS, default="sgd", help="plain SGD (Theorem 4.4), or a fresh AdamW (a sign step)")
     add("--lr", type=float, help="step size of the figures and tables (default: sgd 1e-3, adamw 1e-4)")
     add("--sweep", type=float, nargs="*", metavar="LR", help="further step sizes, for the table and picture of Δ(x) as "
-        f"a function of the step (default: {STEPS})")
+        "a function of the step; none: no further ones (default: sgd 1e-6 to 1, adamw 1e-6 to 1e-3)")
     add("--beta", type=float, default=1.0, help="β of the threshold τ")
     add("--eta", default="0", help="η: a rule of Table 5 or a number; §5.3 uses 0")
     add("--nthr-vocab", default="responses", choices=["responses", "all"], help="V*_x (App. 7.4), or Eq. 7 exactly")
     add("--micro-batch-size", type=int, help="responses per forward pass: bounds memory")
     add = train.adder(parser.add_argument_group("what the paper leaves open"))
-    add("--layer", type=int, nargs="+", default=[], help="also score with the hidden states of these layers "
+    add("--layer", type=int, nargs="+", help="also score with the hidden states of these layers "
         "(0: embeddings; the last one, which the paper uses, comes after the final norm)")
     add("--normalize", action="store_true", help="also score with the cosine of the hidden states, not the dot product")
     add("--overlap", action="store_true", help="bin the questions by what the wrong answers share with the right ones")
@@ -165,7 +171,7 @@ def variant_name(layer, normalize):
 
 
 def study(model, initial, group, args, generator):
-    """One question: a row of questions.csv, {method: {lr: Δ(x)}}, and the same numbers for each layer variant."""
+    """One question: its row of questions.csv, which holds the layer variants too, and {method: {lr: Δ(x)}}."""
     _, _, _, tokens, mask = inputs(group)
     correct, lm_head = group.correct, model.get_output_embeddings().weight.detach()
     old, hidden = initial_policy(model, group, args)
@@ -237,13 +243,20 @@ def overlap_of_k(delta, score, k):
 
 
 def gwhes_table(rows):
-    """Table 1 for Eq. 5, and for Eq. 5 over N⁺ Σ|y|, the factor between it and Δ(x)/lr of the head."""
+    """Table 1 for Eq. 5, and for Eq. 5 over N⁺ Σ|y|, the factor between it and Δ(x)/lr of the head.
+
+    K among all n questions, and the mean over sets of PAPER_SIZE, where it is as large a share as in the paper."""
     delta, score = column(rows, "delta grpo"), column(rows, "gwhes")
-    table = [{"score": name, **{f"K = {k}": overlap_of_k(delta, values, k) for k in (10, 15)},
-              "rank correlation with −Δ": rank_correlation(-delta, values)}
-             for name, values in (("GWHES (Eq. 5)", score),
-                                  ("GWHES / (N⁺ Σ|y|)", score / (column(rows, "correct") * column(rows, "tokens"))))]
-    return [*table, {"score": "expected at random", **{f"K = {k}": k / len(rows) if k <= len(rows) else None for k in (10, 15)},
+    n, table = len(rows), []
+    sets = [slice(start, start + PAPER_SIZE) for start in range(0, n - PAPER_SIZE + 1, PAPER_SIZE)]
+    for name, values in (("GWHES (Eq. 5)", score),
+                         ("GWHES / (N⁺ Σ|y|)", score / (column(rows, "correct") * column(rows, "tokens")))):
+        table.append({"score": name, **{f"K = {k} of {n}": overlap_of_k(delta, values, k) for k in (10, 15)},
+                      **{f"K = {k} of {PAPER_SIZE}": np.mean([overlap_of_k(delta[s], values[s], k) for s in sets])
+                         for k in (10, 15) if sets},
+                      "rank correlation with −Δ": rank_correlation(-delta, values)})
+    return [*table, {"score": "expected at random", **{f"K = {k} of {n}": k / n if k <= n else None for k in (10, 15)},
+                     **{f"K = {k} of {PAPER_SIZE}": k / PAPER_SIZE for k in (10, 15) if sets},
                      "rank correlation with −Δ": 0.0}]
 
 
@@ -287,14 +300,9 @@ def overlap_table(rows):
 def text(table):
     """Markdown: Δ in three digits, shares in percent."""
     def show(name, value):
-        if value is None:
-            return "–"
         if not isinstance(value, float):
-            return str(value)
-        if name.startswith(("mean Δ/step", "rank", "Jaccard")):
-            return f"{value:.2f}"
-        return f"{value:.2e}" if name.startswith(("mean", "median", "difference")) else (
-            f"{value:g}" if name == "step size" else f"{value:.1%}")
+            return "–" if value is None else str(value)
+        return format(value, next((form for start, form in FORMATS.items() if name.startswith(start)), ".1%"))
 
     return common.markdown(table[0], [[show(*item) for item in row.items()] for row in table])
 
@@ -313,8 +321,8 @@ def bars(rows, methods, title, path):
     shown = np.concatenate([column(rows, f"delta {method}")[order] for method in methods])
     # linear up to the median, logarithmic beyond: a few questions move a hundred times as far as most
     axes.set_yscale("symlog", linthresh=float(np.median(np.abs(shown))) or 1.0)
-    axes.set(xlabel="questions, sorted by GRPO's Δ(x)", ylabel="Δ(x), nats", title=title, xlim=(-1, len(order)),
-             xticks=[], ylim=(1.5 * min(0, shown.min()), 1.5 * max(0, shown.max())))
+    axes.set(xlabel="questions, sorted by GRPO's Δ(x)", ylabel="Δ(x), nats (linear to the median)", title=title,
+             xlim=(-1, len(order)), xticks=[], ylim=(1.5 * min(0, shown.min()), 1.5 * max(0, shown.max())))
     axes.legend(frameon=False, loc="upper left")
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -323,7 +331,7 @@ def bars(rows, methods, title, path):
 def step_picture(curves, lrs, path):
     """Mean Δ/lr, and the share of questions where a method beats GRPO, as functions of the step size."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for method, marker in zip(METHODS, "os^D"):
+    for method, marker in zip(("random", "grpo", "pos-only", "nthr"), "^osD"):
         delta = np.array([[curve[method][lr] for lr in lrs] for curve in curves])                  # (n, step sizes)
         grpo = np.array([[curve["grpo"][lr] for lr in lrs] for curve in curves])
         style = {"color": COLORS[method], "marker": marker, "label": METHODS[method]}
@@ -331,8 +339,8 @@ def step_picture(curves, lrs, path):
         if method != "grpo":
             right.plot(lrs, (delta > grpo).mean(0), **style)
     left.axhline(0, color="black", linewidth=0.8)
-    left.set(xscale="log", xlabel="step size", ylabel="mean Δ(x) / step size", title="constant where Δ is a derivative")
-    right.set(xscale="log", xlabel="step size", ylabel="share of questions", ylim=(0, 1), title="Δ(x) above GRPO's")
+    left.set(xscale="log", xlabel="step size", ylabel="mean Δ(x) / step size", title="flat where Δ is a derivative")
+    right.set(xscale="log", xlabel="step size", ylabel="share of questions", ylim=(-0.02, 1.02), title="Δ(x) above GRPO's")
     left.legend(frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -357,10 +365,11 @@ def main(argv=None):
     try:
         nthr_eta(0.5, args.eta), nthr_threshold(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1), args.beta)
     except ValueError as error:
-        train.fail(error)
+        train.fail(f"--eta {args.eta}, --beta {args.beta}: {error}")
     start = time.perf_counter()
     model, tokenizer, problems, prompts = common.load(args)
     layers = model.config.get_text_config().num_hidden_layers
+    args.layer = args.layer or []
     if not all(0 <= layer <= layers for layer in args.layer):
         train.fail(f"--layer must be 0 (embeddings) to {layers} (after the final norm), got {args.layer}")
     args.variants = [(layer, normalize) for layer in dict.fromkeys([layers, *args.layer])          # the paper's first
@@ -368,8 +377,8 @@ def main(argv=None):
     args.last_layer, args.lrs = layers, sorted({args.lr, *args.sweep})
     out = common.make_folder(args.out)
     groups, sampled = common.mixed_groups(model, tokenizer, problems, prompts, args)
-    if Path(args.model).resolve() in train.EMBEDDED:
-        model = model.double()
+    if model.num_parameters() <= SMALL:
+        model = common.to_float64(model)
     initial = [parameter.detach().clone() for parameter in model.parameters()]
     generator = torch.Generator().manual_seed(args.seed)
     rows, curves = map(list, zip(*(study(model, initial, group, args, generator)
@@ -391,9 +400,14 @@ def main(argv=None):
     print("\n".join(lines), theory, sep="\n")
     (out / "tables.md").write_text("\n".join([*lines, theory, ""]), encoding="utf-8")
     common.write_csv(out / "questions.csv", rows)
-    common.write_json(out / "results.json", {**source, "sampled": sampled, "tables": tables, "theory_error": error})
-    bars(rows, ("grpo", "pos-only"), "Figure 1: GRPO and Pos Only", out / "figure1.png")
-    bars(rows, ("grpo", "random", "nthr"), "Figure 4: GRPO, + Random and + NTHR", out / "figure4.png")
+    common.write_json(out / "results.json", {**source, "questions": len(rows), "sampled": sampled, "tables": tables,
+                                             "theory_error": error})
+    common.write_csv(out / "steps.csv", [
+        {"index": row["index"], "step size": lr, **{f"delta {method}": curve[method][lr] for method in METHODS}}
+        for row, curve in zip(rows, curves) for lr in args.lrs])
+    setting = f"{Path(args.model).resolve().name}, one {args.optimizer} step of size {args.lr:g}"
+    bars(rows, ("grpo", "pos-only"), f"Figure 1: {setting}", out / "figure1.png")
+    bars(rows, ("grpo", "random", "nthr"), f"Figure 4: {setting}", out / "figure4.png")
     step_picture(curves, args.lrs, out / "step_size.png")
 
 

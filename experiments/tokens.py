@@ -33,7 +33,7 @@ from tqdm import tqdm
 import common
 from common import train
 from grpo import group_advantages
-from lld import backward, initial_policy, inputs, updated_likelihoods
+from lld import SMALL, backward, column, initial_policy, inputs, updated_likelihoods
 from nthr import gwhes, nthr_advantages, nthr_eta, nthr_threshold
 
 matplotlib.use("Agg")                                                          # files only, no window
@@ -43,7 +43,7 @@ COLORS = ("#1b7837", "#4393c3", "#bf812d")
 PART = "part of a character"
 DEFINITIONS = {"right_as_written": "right as written", "true_step": "of the true solution"}            # of a step
 LABELS = {**{name: f"in steps {words}" for name, words in DEFINITIONS.items()},
-          "on_path": "such that the answer up to them is the start of the true solution"}              # of a token
+          "on_path": "on the path of the true solution"}                       # of a token
 UNSURE = 0.95                                                                  # π below which the model was not sure
 LEVELS = 10                                                                    # of shading, for each sign
 PALETTE = {f"{sign}{level}": [round(255 + (c - 255) * level / LEVELS) for c in hue] for level in range(LEVELS + 1)
@@ -141,11 +141,12 @@ def label_tokens(terms, texts):
 
 
 def on_path(terms, texts):
-    r"""1 for each token up to which the answer is how 17+28=45;45-9=36;\boxed{36} begins, else 0."""
+    r"""1 for each token up to which the answer is how 17+28=45;45-9=36;\boxed{36}<eos> begins, else 0."""
     totals = list(accumulate(terms))
     steps = [f"{left}{term:+d}={result};" for left, term, result in zip(totals, terms[1:], totals[1:])]
     solution = "".join(steps) + f"\\boxed{{{totals[-1]}}}"
-    return [int(solution.startswith(so_far)) for so_far in accumulate(texts)]
+    return [int(solution.startswith(so_far) and (text != "" or so_far == solution))                # "": EOS
+            for text, so_far in zip(texts, accumulate(texts))]
 
 
 def view(model, tokenizer, group, initial, betas, args):
@@ -183,10 +184,6 @@ def view(model, tokenizer, group, initial, betas, args):
               .cpu().numpy() for beta in betas}                                # (n,) bool, in the order of rows
     return {"group": group, "numbers": numbers, "responses": responses, "rows": rows, "chosen": chosen,
             "is_sum": terms is not None}
-
-
-def column(rows, name):
-    return np.array([row[name] for row in rows])
 
 
 def precision_recall(views, name, beta):
@@ -259,6 +256,12 @@ def sentences(summary, beta):
         nthr, random = ([percent(row[key]) for row in found] for key in ("precision", "random_precision"))
         line = f"Tokens {LABELS[name]} are {nthr[0]} of the selected ones ({random[0]} of as many random ones)"
         lines.append(f"{line}; among tokens with π < {UNSURE}, {nthr[1]} ({random[1]})." if found[1:] else f"{line}.")
+    if summary["definitions"]:
+        more = [LABELS[name] for name, values in summary["definitions"].items()
+                if (values["betas"][str(beta)]["precision"] or 0) > (values["betas"][str(beta)]["random_precision"] or 0)]
+        lines.append("Figure 3, that the tokens NTHR selects are mostly correct steps: here they are more often than "
+                     f"random tokens {' and '.join(more) or 'nothing of the above'}"
+                     + (", not the rest of the above." if 0 < len(more) < len(LABELS) else "."))
     if others:
         lines.append(f"No sums of whole numbers: {others} of {groups} problems. Which of their steps are right is not "
                      f"known, so they enter no precision or recall.")
@@ -305,7 +308,9 @@ strength is the square root of |s| over the group's largest. <u>Bold and underli
 Eq. 8): their penalty is multiplied by η. Point at a token to see s and its probability π; tokens.csv lists them.</p>
 <p>Marks: <i>␣</i> a space, <em>↵</em> a new line, <i>⇥</i> a tab, <i>\\x1B</i> a control character or a byte that is no
 text, <em>◌</em> a part of a character that a later token completes, <em>&lt;name&gt;</em> a special token. Where it is
-known, <sup>✓</sup> follows a step that is right as written and <sup>✗</sup> any other text.</p>"""
+known, <sup>✓</sup> follows a step that is right as written, given the steps before it (so also a box that copies a wrong
+result), and <sup>✗</sup> any other text. On the path of the true solution: the answer up to this token is how the true
+solution begins.</p>"""
 
 
 def shade(row, largest):
@@ -431,9 +436,11 @@ def build_parser():
 
 def main(argv=None):
     args = common.parse(build_parser(), argv)
-    if not (0 < args.lr < math.inf and math.isfinite(args.beta) and args.micro_batch_size >= 1):
-        train.fail(f"--lr must be finite and above 0, --beta finite and --micro-batch-size at least 1, got {args.lr}, "
-                   f"{args.beta} and {args.micro_batch_size}")
+    for name, expected, valid in (("lr", "finite and above 0", 0 < args.lr < math.inf),
+                                  ("beta", "finite", math.isfinite(args.beta)),
+                                  ("micro_batch_size", "at least 1", args.micro_batch_size >= 1)):
+        if not valid:
+            train.fail(f"--{name.replace('_', '-')} must be {expected}, got {getattr(args, name)}")
     try:
         nthr_eta(0.5, args.eta)
     except ValueError as error:
@@ -443,6 +450,8 @@ def main(argv=None):
     out = common.make_folder(args.out)
     groups, sampled = common.mixed_groups(model, tokenizer, problems, prompts, args)
     betas = list(dict.fromkeys([args.beta, 1.0, 0.1, 0.0]))                    # those of Table 4
+    if model.num_parameters() <= SMALL:
+        model = common.to_float64(model)
     initial = [parameter.detach().clone() for parameter in model.parameters()] if args.order == "delta" else None
     views = [view(model, tokenizer, group, initial, betas, args)
              for group in tqdm(groups, desc="scoring tokens", unit=" questions")]

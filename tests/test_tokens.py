@@ -341,6 +341,7 @@ def test_on_path_by_hand():
     texts = ["17+", "28", "=4", "5;45-9=3", "7", ";", ""]
     assert tokens.on_path([17, 28, -9], texts) == [1, 1, 1, 1, 0, 0, 0]
     assert tokens.on_path([1, 2], ["1+2=3;", r"\boxed{3}", "", "x"]) == [1, 1, 1, 0]
+    assert tokens.on_path([1, 2], ["1+2=3;", ""]) == [1, 0]                    # it stops too early
 
 
 # A response as its steps, each with what is known of it: (step, right as written, step of the true solution)
@@ -394,7 +395,8 @@ def test_labels_in_the_csv_are_those_of_the_arithmetic(sums):
         so_far, solved = "", solution(problems[question])
         for row in part:
             so_far += json.loads(row["text"])
-            assert row["on_path"] == str(int(solved[:len(so_far)] == so_far))
+            begun = so_far == solved if row["note"] == "<eos>" else solved[:len(so_far)] == so_far
+            assert row["on_path"] == str(int(begun))
         terms = [int(term) for term in problems[question].replace("-", "+-").split("+")]
         by_step = {}
         for row in part:

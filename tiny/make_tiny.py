@@ -1,4 +1,4 @@
-r"""Regenerates everything in this folder: the embedded model, its tokenizer and its problems.
+r"""Regenerates the embedded model of this folder, its tokenizer and its problems (make_stack.py makes stack/).
 
     python tiny/make_tiny.py
     python tiny/make_tiny.py --seed 1 --out /tmp/tiny1
