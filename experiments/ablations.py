@@ -3,6 +3,7 @@
 python experiments/ablations.py                     # embedded model: 38 settings x 5 seeds, 75 minutes on 2 cores
 python experiments/ablations.py --quick             # the paper's four tables, 3 seeds, 25 steps: 7 minutes
 python experiments/ablations.py --tables methods kl --seeds 8
+python experiments/ablations.py --model tiny/stack --tables methods beta eta         # programs, 50 runs, 11 minutes
 python experiments/ablations.py --model Qwen/Qwen2.5-0.5B --tables methods --max-new-tokens 1024     # one GPU
 
 Every run is `python train.py` with a setting's flags and a seed: the same questions in the same order for each setting.
@@ -12,9 +13,10 @@ samples.jsonl and log.txt of each run; its checkpoint goes when it is finished),
 from results.csv alone: results.json, tables.md, ablations.png.
 
 It shows whether a setting ends above or below plain GRPO: the difference is taken seed by seed, and a 95% interval
-(Student's t over the seeds) that holds 0 is no evidence of a difference. The embedded model is trained for 60 steps of
-16 questions, which ends before its greedy accuracy levels off. Seconds are those of the run's phases, and grow with
-whatever else the machine does.
+(Student's t over the seeds, on the same test problems) that holds 0 is no evidence of a difference. Of twenty intervals
+without a difference, one excludes 0 by chance: believe a pattern over several rows, not one row. The embedded model is
+trained for 60 steps of 16 questions, which ends before its greedy accuracy levels off. Seconds are those of the run's
+phases, and grow with whatever else the machine does.
 """
 import argparse
 import csv
@@ -54,7 +56,7 @@ TITLES = {
             "once, with the default ε", "kl": "KL penalty", "lr": "Learning rate", "group-size": "Group size G"}
 SHOWN = (("success_rate", 1, 100), ("delta_mean", 4, 1), ("delta_nonpositive_share", 1, 100),   # digits, factor
          ("selected_share", 2, 100), ("clip_share", 3, 100), ("seconds", 0, 1))
-HEADER = ("setting", "greedy accuracy, %", "seeds", "difference, points [95% interval]", "compared with",
+HEADER = ("setting", "greedy accuracy ± standard error, %", "seeds", "difference, points [95% interval]", "compared with",
           "success rate, last 10 steps, %", "Δ, nats", "Δ ≤ 0, %", "tokens selected, %", "tokens clipped, %", "seconds")
 
 
@@ -126,8 +128,8 @@ def standard_error(values):
 def tables(results):
     """{table: [row]} from the rows of results.csv; a row holds means over its finished seeds, None if not measured.
 
-    accuracy, its standard error, difference (to the baseline run, over the seeds that both have), low and high (its
-    95% interval) are shares of 1."""
+    accuracy, its standard error, difference (to the baseline run, over the `pairs` seeds that both have), low and high
+    (its 95% interval) are shares of 1."""
     plain = next(row for row in results if row["run"] == "grpo")
     base = {name: plain[name] for name in SETTINGS}
     finished = {}                                                              # run -> {seed: its row}
@@ -150,6 +152,7 @@ def tables(results):
             row["standard_error"] = standard_error([measured["eval_accuracy"] for measured in seeds.values()])
             differences = [seeds[seed]["eval_accuracy"] - finished[against][seed]["eval_accuracy"]
                            for seed in seeds if seed in finished.get(against, {})]
+            row["pairs"] = len(differences)
             row["difference"] = mean(differences) if differences else None
             if (error := standard_error(differences)) is not None:
                 half = t_quantile(len(differences) - 1) * error
@@ -171,10 +174,10 @@ def interval(row):
 def verdict(row):
     """One sentence on NTHR against GRPO, from NTHR's row of the table "methods"."""
     if row["low"] is None:
-        return f"NTHR against GRPO cannot be judged: that takes two seeds of both ({row['seeds']} finished)."
+        return f"NTHR against GRPO cannot be judged: that takes two seeds of both ({row['pairs']} finished)."
     judged = ("NTHR beats GRPO significantly" if row["low"] > 0 else "NTHR is significantly worse than GRPO"
               if row["high"] < 0 else "NTHR does not beat GRPO significantly (the interval includes 0)")
-    return f"{judged}: {interval(row)} points of greedy accuracy, {row['seeds']} seeds."
+    return f"{judged}: {interval(row)} points of greedy accuracy, {row['pairs']} seeds."
 
 
 def to_markdown(made):
@@ -365,19 +368,23 @@ def main(argv=None):
                 waiting.append((folder, [*flags, *changed, f"--seed={seed}"]))
     waiting.sort(key=lambda job: int(job[0].name.rpartition("seed")[2]))       # stable: each seed's runs together
     on_cpu = plain.device == "cpu"
-    failed = run_all(waiting, len(folder_of), plain.steps, args.jobs or (os.cpu_count() if on_cpu else 1), on_cpu)
+    jobs = args.jobs or (os.cpu_count() if on_cpu else 1)
+    failed = run_all(waiting, len(folder_of), plain.steps, jobs, on_cpu)
 
     args.device = plain.device
     common.write_csv(out / "results.csv", [
         {"run": run, "seed": seed, **{name: runs[run][name] for name in SETTINGS}, **summary(folder, plain.steps)}
         for (run, seed), folder in folder_of.items()])
-    made = tables(read_results(out / "results.csv"))
+    results = read_results(out / "results.csv")
+    made, seconds = tables(results), [row["seconds"] for row in results]
     text = to_markdown(made)
-    record = {**common.provenance(args, time.perf_counter() - began), "runs_made": len(waiting) - len(failed),
-              "tables": made}
+    record = {**common.provenance(args, time.perf_counter() - began), "jobs": jobs, "runs": len(folder_of),
+              "runs_made": len(waiting) - len(failed), "seconds_of_all_runs": sum(filter(None, seconds)), "tables": made}
     common.write_json(out / "results.json", record)
-    (out / "tables.md").write_text(f"`{record['command']}`: {len(folder_of)} runs, {record['machine']}, torch "
-                                   f"{record['torch']}\n\n{text}", encoding="utf-8")
+    (out / "tables.md").write_text(
+        f"`{record['command']}`: {len(folder_of)} runs, seeds {seeds[0]} to {seeds[-1]}, {jobs} at a time"
+        f"{' with one thread each' if on_cpu else ''}, together {record['seconds_of_all_runs'] / 60:.0f} minutes of runs, "
+        f"{record['machine']}, torch {record['torch']}\n\n{text}", encoding="utf-8")
     plot(made, out / "ablations.png")
     print(f"{text}\nwritten to {out}: results.csv, results.json, tables.md, ablations.png")
     if failed:

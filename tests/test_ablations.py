@@ -136,7 +136,7 @@ def test_the_t_quantile_leaves_5_percent_of_the_density_outside(df):
 
 def test_the_verdict_says_which_side_of_zero_the_interval_is_on():
     def verdict(low, difference, high, seeds=5):
-        return ablations.verdict({"low": low, "difference": difference, "high": high, "seeds": seeds})
+        return ablations.verdict({"low": low, "difference": difference, "high": high, "pairs": seeds})
 
     assert verdict(0.002, 0.01, 0.018) == (
         "NTHR beats GRPO significantly: +1.00 [+0.20, +1.80] points of greedy accuracy, 5 seeds.")
@@ -188,6 +188,7 @@ def test_every_setting_is_one_run_and_the_tables_follow_from_the_csv(stand_in, c
             accuracy = np.array([float(found[run][seed]["eval_accuracy"]) for seed in (4, 5, 6)])
             error = accuracy.std(ddof=1) / math.sqrt(3)
             assert (row["run"], row["against"] or "", row["seeds"]) == (run, against, 3)
+            assert row["pairs"] == (3 if against else 0)
             assert row["eval_accuracy"] == pytest.approx(accuracy.mean(), rel=1e-12)
             assert row["standard_error"] == pytest.approx(error, rel=1e-9)
             setting = row["setting"].replace("|", "\\|")                        # a "|" would end the cell
@@ -265,6 +266,7 @@ def test_a_failed_run_is_shown_the_others_go_on_and_a_restart_retries_it(stand_i
     assert "grpo-seed1 failed:\n    first line\n    second line\n    last words of grpo-seed1" in printed
     rows = {row["run"]: row for row in json.loads(Path("out/results.json").read_text())["tables"]["methods"]}
     assert [rows[run]["seeds"] for run in ("grpo", "pos-only", "random", "nthr")] == [2, 3, 0, 3]
+    assert [rows[run]["pairs"] for run in ("grpo", "pos-only", "random", "nthr")] == [0, 2, 0, 2]
     assert rows["random"]["eval_accuracy"] is None and "| GRPO + Random | – ± – | 0 | – | grpo |" in printed
     accuracy = {run: [float(results()[run][seed]["eval_accuracy"]) for seed in (0, 2)] for run in ("grpo", "nthr")}
     assert rows["nthr"]["difference"] == pytest.approx(np.subtract(accuracy["nthr"], accuracy["grpo"]).mean())
