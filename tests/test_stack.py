@@ -222,13 +222,15 @@ def test_train_py_runs_on_the_stack_model(tmp_path, monkeypatch):
         assert row["finished"] and row["reward"] == is_right(row["response"], row["problem"])
 
 
-def test_a_reward_file_of_the_users(tmp_path, monkeypatch):
-    """It uses a name of its own file, and counts characters."""
+@pytest.mark.parametrize("value", ["float(right)", "right", "int(right)", "1 if right else 0.5"])
+def test_a_reward_file_of_the_users(value, tmp_path, monkeypatch):
+    """It uses a name of its own file, and counts characters; it may return a float, a bool, an int; 0.5 is not right."""
     file = tmp_path / "mine.py"
-    file.write_text("""MORE = 2
+    file.write_text(f"""MORE = 2
 
 def short(response, answer):
-    return float(len(response) <= len(answer) + MORE)
+    right = len(response) <= len(answer) + MORE
+    return {value}
 """)
     metrics, samples = run_here(monkeypatch, "--model", STACK, "--reward", f"{file}:short", "--steps", 1,
                                 "--batch-size", 4, "--minibatch-size", 4, "--eval-size", 5, "--out", tmp_path / "run")
