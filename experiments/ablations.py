@@ -1,6 +1,6 @@
 """Ablations of NTHR (Tables 2, 4, 5, App. 7.8) and what the paper leaves open: clipping, KL, learning rate, group size.
 
-python experiments/ablations.py                     # embedded model: 38 settings x 5 seeds, 75 minutes on 2 cores
+python experiments/ablations.py                     # embedded model: 38 settings x 5 seeds, 80 minutes on 2 cores
 python experiments/ablations.py --quick             # the paper's four tables, 3 seeds, 25 steps: 7 minutes
 python experiments/ablations.py --tables methods kl --seeds 8
 python experiments/ablations.py --model tiny/stack --tables methods beta eta         # programs, 50 runs, 11 minutes
