@@ -570,7 +570,7 @@ def train(args):
             return print(f"{args.out} is complete at step {state['step']}: pass a larger --steps to go on")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        flags = {name: str(value) if value == -math.inf else value for name, value in vars(args).items()
+        flags = {name: str(value) if value in (math.inf, -math.inf) else value for name, value in vars(args).items()
                  if name != "resume"}
         (out / "config.tmp").write_text(json.dumps(flags, indent=1))
         (out / "config.tmp").replace(out / "config.json")

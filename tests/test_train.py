@@ -415,6 +415,15 @@ def test_a_run_resumed_with_more_steps_and_stopped_again_keeps_them(small, tmp_p
     assert same_weights(tmp_path / "run", tmp_path / "whole")
 
 
+def test_no_clip_is_recorded_in_strict_json_and_resumed(small, tmp_path):
+    run_here(*small, "--steps", 1, "--clip-eps", "inf", "--out", tmp_path / "run")
+    recorded = json.loads((tmp_path / "run" / "config.json").read_text(), parse_constant=not_json)
+    assert recorded["clip_eps"] == "inf"
+    assert train.parse_args(["--resume", str(tmp_path / "run"), "--steps", "2"]).clip_eps == math.inf
+    run_here("--resume", tmp_path / "run", "--steps", 2)
+    assert [row["step"] for row in metrics_of(tmp_path / "run")] == [0, 1, 2]
+
+
 @pytest.mark.parametrize("name", ["config.json", "checkpoint/trainer.pt"])
 def test_a_torn_file_of_a_run_is_named(small, tmp_path, name):
     run_here(*small, "--steps", 1, "--out", tmp_path / "run")
