@@ -168,18 +168,27 @@ def check(args):
     if args.micro_batch_size % args.group_size and args.group_size % args.micro_batch_size:
         fail(f"--micro-batch-size {args.micro_batch_size} must be a multiple or a divisor of --group-size "
              f"{args.group_size}")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = choose_device(args.device)
     if args.dtype == "auto":
         args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
     load_reward(args.reward)
-    for name, usable in (("eta", lambda eta: nthr_eta(0.5, eta)), ("device", lambda name: torch.zeros(1, device=name))):
-        try:
-            usable(getattr(args, name))
-        except (ValueError, RuntimeError, AssertionError) as error:
-            fail(f"--{name} {getattr(args, name)} cannot be used: {str(error).splitlines()[0][:200]}")
+    try:
+        nthr_eta(0.5, args.eta)
+    except ValueError as error:
+        fail(f"--eta {args.eta} cannot be used: {str(error).splitlines()[0][:200]}")
     if args.device.startswith("cuda:"):
         torch.cuda.set_device(args.device)                                     # what memory and time are measured on
+
+
+def choose_device(name):
+    """A --device with "auto" settled; one line if torch cannot use it."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name} cannot be used: {str(error).splitlines()[0][:200]}")
+    return name
 
 
 @lru_cache
@@ -491,7 +500,8 @@ def evaluate(model, tokenizer, problems, prompts, args, step):
     """Greedy accuracy on `problems`; the first five responses go to samples.jsonl."""
     with precision(args):
         rollout = generate(model, tokenizer, prompts, 1, args.max_new_tokens, 0.0, max_sequences=args.max_sequences)
-    rewards = [load_reward(args.reward)(text, row["answer"]) for text, row in zip(rollout.texts, problems)]
+    checker = load_reward(args.reward)
+    rewards = [checker(text, row["answer"]) for text, row in zip(rollout.texts, problems)]
     append(args, "samples.jsonl", [
         {"step": step, **row, "response": text, "reward": reward, "finished": finished} for row, text, reward, finished
         in zip(problems[:5], rollout.texts, rewards, rollout.finished.tolist())])

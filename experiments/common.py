@@ -21,6 +21,8 @@ sys.path.insert(0, str(ROOT))                                                  #
 import train  # noqa: E402
 from rollout import Rollout, generate  # noqa: E402
 
+SMALL = 1e8        # parameters: models of up to so many are studied in float64
+
 
 @dataclass
 class Group:
@@ -32,11 +34,12 @@ class Group:
     correct: torch.Tensor    # (G,) bool
 
 
-def build_parser(doc, script, questions):
-    """The flags of an experiment that looks at groups of responses from one model; `questions`: (embedded, real)."""
+def build_parser(doc, script, questions, eta):
+    """The flags of an experiment that scores groups of responses from one model; `questions`: (embedded, real)."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = train.adder(parser.add_argument_group("model, data and sampling"))
-    add("--model", default=str(train.TINY), help="Hugging Face id or local folder (default: the embedded model in tiny/)")
+    add("--model", default=str(train.TINY),
+        help="Hugging Face id or local folder (default: the embedded model in tiny/)")
     add("--data", help='JSON or JSONL file, or "math": MATH without MATH-500, levels 3-5')
     add("--reward", help='"math", or FILE.py:FUNCTION')
     add("--questions", type=int, help=f"groups with both right and wrong responses to collect (default: embedded model "
@@ -45,9 +48,14 @@ def build_parser(doc, script, questions):
     add("--temperature", type=float, default=1.0, help="of sampling, and of π everywhere")
     add("--max-new-tokens", type=int, help="longest response, in tokens")
     add("--max-sequences", type=int, help="responses sampled together: bounds the KV cache")
+    add("--micro-batch-size", type=int, help="responses per forward pass: bounds memory")
     add("--seed", type=int, default=0, help="of the questions, of sampling and of GRPO + Random")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--out", help=f"output folder (default: runs/{script}-MODEL)")
+    add = train.adder(parser.add_argument_group("NTHR (Eq. 7, Eq. 8)"))
+    add("--beta", type=float, default=1.0, help="β of the threshold τ")
+    add("--eta", default=eta, help="η: a rule of Table 5 or a number in [0, 1]")
+    add("--nthr-vocab", default="responses", choices=["responses", "all"], help="V*_x (App. 7.4), or Eq. 7 exactly")
     parser.set_defaults(script=script, questions_by_model=questions)
     return parser
 
@@ -58,21 +66,17 @@ def parse(parser, argv):
     embedded = Path(args.model).resolve() in train.EMBEDDED
     defaults = train.defaults_of(args.model)
     for name in ("data", "reward", "max_new_tokens", "max_sequences", "micro_batch_size"):
-        if getattr(args, name, 0) is None:                                     # 0: not a flag of this script
+        if getattr(args, name) is None:
             setattr(args, name, defaults[name])
     if args.questions is None:
         args.questions = args.questions_by_model[not embedded]
-    for name, least in (("questions", 1), ("group_size", 2), ("max_new_tokens", 1), ("max_sequences", 1), ("seed", 0)):
+    for name, least in (("questions", 1), ("group_size", 2), ("max_new_tokens", 1), ("max_sequences", 1),
+                        ("micro_batch_size", 1), ("seed", 0)):
         if getattr(args, name) < least:
             train.fail(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     if not 0 < args.temperature < math.inf:
         train.fail(f"--temperature must be finite and above 0, got {args.temperature}")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        train.fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0][:200]}")
+    args.device = train.choose_device(args.device)
     train.load_reward(args.reward)
     args.out = args.out or f"runs/{args.script}-{Path(args.model).resolve().name}"
     return args
@@ -89,7 +93,11 @@ def load(args):
 
 
 def to_float64(model):
-    """The model in float64 throughout, in place: transformers' RMS norms compute in float32 whatever they are given."""
+    """A model of up to SMALL parameters in float64 throughout, in place; a larger one as it is.
+
+    transformers' RMS norms compute in float32 whatever they are given, so they are replaced."""
+    if model.num_parameters() > SMALL:
+        return model
     for module in model.double().modules():
         if hasattr(module, "variance_epsilon"):
             module.forward = lambda x, norm=module: F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)

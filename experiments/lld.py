@@ -10,7 +10,7 @@ kept. From those same responses one update is made with each of GRPO, Pos Only (
 (β = 1, η = 0, §5.3), parameters and optimizer re-initialised each time, and Δ(x) is measured. Plain SGD, the default, is
 the gradient flow of Theorem 4.4: for small --lr, Δ(x)/lr is a derivative. The first step of a fresh AdamW is about
 lr · sign(gradient): parameters with a gradient far above 1e-8 move by lr, however much larger it is. No gradient
-clipping. Models of up to SMALL parameters are updated in float64, where rounding cannot reach Δ(x); larger ones in
+clipping. Models of up to 1e8 parameters are updated in float64, where rounding cannot reach Δ(x); larger ones in
 float32, where differences below about 1e-6 are rounding.
 
 Expect Δ(x) with NTHR above GRPO's on most questions while the step is small, and with Random on about half after SGD.
@@ -43,7 +43,6 @@ OPTIMIZERS = {"sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr),
               "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)}
 BARS = 60          # about as many questions as the paper's figures show
 PAPER_SIZE = 57    # questions of the paper's Table 1: K = 10 is 17.5% of them
-SMALL = 1e8        # parameters
 STEPS = {"sgd": [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0], "adamw": [1e-6, 1e-5, 1e-4, 3e-4, 1e-3]}
 FORMATS = {"mean Δ/step": ".2f", "rank": ".2f", "Jaccard": ".2f", "mean": ".2e", "median": ".2e", "difference": ".2e",
            "step size": "g"}                                                   # by the start of the column's name
@@ -51,16 +50,12 @@ THEORY_LR = 1e-6   # small enough for a derivative, large enough for float64
 
 
 def build_parser():
-    parser = common.build_parser(__doc__, "lld", questions=(200, 50))
+    parser = common.build_parser(__doc__, "lld", questions=(200, 50), eta="0")                 # §5.3
     add = train.adder(parser.add_argument_group("the one update"))
     add("--optimizer", choices=OPTIMIZERS, default="sgd", help="plain SGD (Theorem 4.4), or a fresh AdamW (a sign step)")
     add("--lr", type=float, help="step size of the figures and tables (default: sgd 1e-3, adamw 1e-4)")
     add("--sweep", type=float, nargs="*", metavar="LR", help="further step sizes, for the table and picture of Δ(x) as "
         "a function of the step; none: no further ones (default: sgd 1e-6 to 1, adamw 1e-6 to 1e-3)")
-    add("--beta", type=float, default=1.0, help="β of the threshold τ")
-    add("--eta", default="0", help="η: a rule of Table 5 or a number; §5.3 uses 0")
-    add("--nthr-vocab", default="responses", choices=["responses", "all"], help="V*_x (App. 7.4), or Eq. 7 exactly")
-    add("--micro-batch-size", type=int, help="responses per forward pass: bounds memory")
     add = train.adder(parser.add_argument_group("what the paper leaves open"))
     add("--layer", type=int, nargs="+", help="also score with the hidden states of these layers "
         "(0: embeddings; the last one, which the paper uses, comes after the final norm)")
@@ -360,8 +355,6 @@ def main(argv=None):
     for flag, values in (("lr", [args.lr]), ("sweep", args.sweep)):
         if not all(0 < lr < math.inf for lr in values):
             train.fail(f"--{flag} must be finite and above 0, got {values}")
-    if args.micro_batch_size < 1:
-        train.fail(f"--micro-batch-size must be at least 1, got {args.micro_batch_size}")
     try:
         nthr_eta(0.5, args.eta), nthr_threshold(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1), args.beta)
     except ValueError as error:
@@ -377,8 +370,7 @@ def main(argv=None):
     args.last_layer, args.lrs = layers, sorted({args.lr, *args.sweep})
     out = common.make_folder(args.out)
     groups, sampled = common.mixed_groups(model, tokenizer, problems, prompts, args)
-    if model.num_parameters() <= SMALL:
-        model = common.to_float64(model)
+    model = common.to_float64(model)
     initial = [parameter.detach().clone() for parameter in model.parameters()]
     generator = torch.Generator().manual_seed(args.seed)
     rows, curves = map(list, zip(*(study(model, initial, group, args, generator)

@@ -33,7 +33,7 @@ from tqdm import tqdm
 import common
 from common import train
 from grpo import group_advantages
-from lld import SMALL, backward, column, initial_policy, inputs, updated_likelihoods
+from lld import backward, column, initial_policy, inputs, updated_likelihoods
 from nthr import gwhes, nthr_advantages, nthr_eta, nthr_threshold
 
 matplotlib.use("Agg")                                                          # files only, no window
@@ -237,7 +237,8 @@ def summarise(views, sampled, betas):
             "negative_tokens": sum(len(group["rows"]) for group in views),
             "selected": sum(group["numbers"]["selected"] for group in views),
             "tokens_in_no_step": len(no_step), "responses_with_text_in_no_step": len(set(no_step)),
-            "definitions": measures(sums, betas), "definitions_unsure": measures([unsure_only(group) for group in sums], betas)}
+            "definitions": measures(sums, betas),
+            "definitions_unsure": measures([unsure_only(group) for group in sums], betas)}
 
 
 def percent(value):
@@ -420,15 +421,11 @@ def picture(views, path):
 
 
 def build_parser():
-    parser = common.build_parser(__doc__, "tokens", questions=(30, 10))
+    parser = common.build_parser(__doc__, "tokens", questions=(30, 10), eta="2|0.5-p|")
     add = train.adder(parser.add_argument_group("what is shown"))
-    add("--beta", type=float, default=1.0, help="β of the threshold τ")
-    add("--eta", default="2|0.5-p|", help="η: a rule of Table 5 or a number in [0, 1]")
-    add("--nthr-vocab", default="responses", choices=["responses", "all"], help="V*_x (App. 7.4), or Eq. 7 exactly")
     add("--order", default="gwhes", choices=["gwhes", "delta"], help="laziest question first, by Eq. 5, or by Eq. 2 "
         "after one GRPO update by plain SGD on this question alone")
     add("--lr", type=float, default=1e-3, help="step size of that update")
-    add("--micro-batch-size", type=int, help="responses per forward pass: bounds memory")
     add("--text", action="store_true", help="also print the groups")
     parser.set_defaults(optimizer="sgd")                                       # of lld.updated_likelihoods
     return parser
@@ -437,10 +434,9 @@ def build_parser():
 def main(argv=None):
     args = common.parse(build_parser(), argv)
     for name, expected, valid in (("lr", "finite and above 0", 0 < args.lr < math.inf),
-                                  ("beta", "finite", math.isfinite(args.beta)),
-                                  ("micro_batch_size", "at least 1", args.micro_batch_size >= 1)):
+                                  ("beta", "finite", math.isfinite(args.beta))):
         if not valid:
-            train.fail(f"--{name.replace('_', '-')} must be {expected}, got {getattr(args, name)}")
+            train.fail(f"--{name} must be {expected}, got {getattr(args, name)}")
     try:
         nthr_eta(0.5, args.eta)
     except ValueError as error:
@@ -450,8 +446,7 @@ def main(argv=None):
     out = common.make_folder(args.out)
     groups, sampled = common.mixed_groups(model, tokenizer, problems, prompts, args)
     betas = list(dict.fromkeys([args.beta, 1.0, 0.1, 0.0]))                    # those of Table 4
-    if model.num_parameters() <= SMALL:
-        model = common.to_float64(model)
+    model = common.to_float64(model)
     initial = [parameter.detach().clone() for parameter in model.parameters()] if args.order == "delta" else None
     views = [view(model, tokenizer, group, initial, betas, args)
              for group in tqdm(groups, desc="scoring tokens", unit=" questions")]
