@@ -274,6 +274,18 @@ def test_overlap_of_k_by_hand():
     assert lld.overlap_of_k(delta, -delta, 3) == 1.0
 
 
+def test_lazy_questions_are_those_whose_likelihood_does_not_rise():
+    """Def. 4.1 with ε = 0, by hand: −1 and 0 are lazy, 2 and 3 are not."""
+    deltas = {"grpo": [-1.0, 0.0, 2.0, 3.0], "pos-only": [1.0, 1.0, 1.0, 1.0], "random": [-1.0, -2.0, -3.0, -4.0],
+              "nthr": [0.0, 0.0, 2.0, 4.0]}
+    rows = [{"negative_tokens": 10, "selected": i, **{f"delta {m}": deltas[m][i] for m in METHODS}} for i in range(4)]
+    table = lld.method_table(rows)
+    assert [row["Δ ≤ 0 (LLD)"] for row in table] == [0.5, 0.0, 1.0, 0.5]
+    assert [table[3][name] for name in ("above GRPO", "equal", "below")] == [0.5, 0.5, 0.0]
+    curves = [{m: {0.5: deltas[m][i]} for m in METHODS} for i in range(4)]
+    assert lld.step_table(curves, [0.5])[0]["GRPO Δ ≤ 0"] == 0.5
+
+
 def test_table_1_averages_over_sets_of_the_papers_size():
     rng = lld.np.random.default_rng(0)
     rows = [{"delta grpo": d, "gwhes": g, "correct": 2, "tokens": 3} for d, g in rng.normal(size=(120, 2))]
