@@ -2,18 +2,21 @@
 
 Tokens are drawn from softmax(logits / temperature) and from nothing else: no top-k, no top-p, no repetition penalty
 from a model's generation_config, so that the distribution sampled from is the one that Eq. 1's ratio divides by.
-Each prompt is prefilled once and its KV cache repeated for its responses; a row leaves the batch when it finishes.
+Each prompt is prefilled once and its KV cache repeated for its responses; a row leaves the batch when it finishes, and
+the next prompts take the free places.
 """
 from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 # Shapes: Q prompts, G responses each, B = Q·G rows (the G of a prompt consecutive), P prompt tokens, T response
 #         tokens, V vocabulary, R rows that are being decoded together
 SHOW_PROGRESS_AFTER = 10                # seconds
+BUCKET = 64                             # columns by which the KV cache grows
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 # How chat templates end a turn. Base models share the template of their chat sibling, but often list only
 # <|endoftext|> as their end (Qwen2.5), and would write the user's next question after the answer.
@@ -79,11 +82,9 @@ def stop_token_ids(model, tokenizer):
 
 def _left_pad(sequences, pad_id, device):
     """Token lists -> ids (Q, P) and mask (Q, P) bool."""
-    P = max(len(sequence) for sequence in sequences)
+    P = max(map(len, sequences))
     ids = torch.tensor([[pad_id] * (P - len(sequence)) + sequence for sequence in sequences], device=device)
-    mask = torch.tensor([[False] * (P - len(sequence)) + [True] * len(sequence) for sequence in sequences],
-                        device=device)
-    return ids, mask
+    return ids, torch.arange(P, device=device) >= P - torch.tensor([[len(s)] for s in sequences], device=device)
 
 
 def _sample(logits, temperature, generator):
@@ -99,46 +100,123 @@ def _sample(logits, temperature, generator):
     return token, logits.gather(1, token[:, None])[:, 0] - log_z
 
 
-class _Cache(DynamicCache):
-    """A KV cache that stores keys in the type of the values: under autocast, rotary embeddings make keys float32."""
+class _Layer(DynamicLayer):
+    """One layer of `_Slots`: views of its buffers, whose last column is the room for the token being computed."""
+
+    def get_seq_length(self):
+        return self.keys.shape[2] - 1
 
     def update(self, key_states, value_states, *args, **kwargs):
-        return super().update(key_states.to(value_states.dtype), value_states, *args, **kwargs)
+        self.keys[:, :, -1:], self.values[:, :, -1:] = key_states, value_states
+        return self.keys, self.values
 
 
-def _decode(model, prompt_ids, prompt_mask, repeat, max_new_tokens, temperature, generator, stop_ids, bar):
-    """Sample a response to prompt repeat[r] for each row r, all together.
+class _Slots(Cache):
+    """The KV cache of the R rows that are decoded together, flush right: the newest token of each in the last column.
 
-    Returns tokens and logprobs (R, max_new_tokens), lengths and finished (R,)."""
-    device = prompt_ids.device
-    cache = _Cache(config=model.config)
-    positions = (prompt_mask.long().cumsum(1) - 1).clamp(min=0)
-    logits = model(input_ids=prompt_ids, attention_mask=prompt_mask.long(), position_ids=positions,
-                   past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1][repeat]     # (R, V)
-    cache.batch_select_indices(repeat)                                         # one prefill serves all its responses
-    mask, position = prompt_mask[repeat].long(), positions[repeat, -1:] + 1    # (R, P+t), (R, 1)
-    alive = torch.arange(len(repeat), device=device)                           # the row that each of the R rows is
-    tokens = torch.zeros(len(repeat), max_new_tokens, dtype=torch.long, device=device)
-    logprobs = torch.zeros(len(repeat), max_new_tokens, device=device)
-    lengths = torch.full((len(repeat),), max_new_tokens, device=device)
-    finished = torch.zeros(len(repeat), dtype=torch.bool, device=device)
-    for t in range(max_new_tokens):
+    transformers' DynamicCache copies all it holds for each new token, and again when rows leave. Here a token is
+    written in place, the last rows move into the slots of those that leave, and waiting prompts get free slots."""
+
+    def __init__(self, slots):
+        super().__init__(layers=[])
+        self.slots, self.rows, self.columns = slots, 0, 0                      # rows and columns: those in use
+        self.buffers = []         # mask (slots, 1, capacity, 1), then keys and values (slots, heads, capacity, size)
+
+    def reserve(self, slots):
+        """New buffers, BUCKET columns larger than what is in use: of a long tail, only `slots` rows are kept."""
+        for i, old in enumerate(self.buffers):
+            self.buffers[i] = old.new_empty(slots, old.shape[1], self.columns + BUCKET, old.shape[3])
+            self.buffers[i][:self.rows, :, :self.columns] = old[:self.rows, :, :self.columns]
+
+    def trim(self, at_least):
+        """Drop the columns on the left that no row uses, but keep `at_least` so many."""
+        used = self.buffers[0][:self.rows, 0, :self.columns, 0].sum(1).tolist()
+        first, self.columns = self.columns - max([at_least, *used]), max([at_least, *used])
+        for buffer in self.buffers if first else ():                           # clone: source and target overlap
+            buffer[:self.rows, :, :self.columns] = buffer[:self.rows, :, first:first + self.columns].clone()
+
+    def admit(self, model, prompts, repeat, pad_id):
+        """prompts[repeat[i]] takes the i-th free slot, each prompt prefilled once. Returns logits (len(repeat), V)."""
+        distinct = list(dict.fromkeys(repeat))
+        ids, mask = _left_pad([prompts[q] for q in distinct], pad_id, model.device)
+        repeat = torch.tensor([distinct.index(q) for q in repeat], device=model.device)
+        cache = DynamicCache()                                                 # without config: sliding layers whole
+        logits = model(input_ids=ids, attention_mask=mask.long(), position_ids=(mask.long().cumsum(1) - 1).clamp(min=0),
+                       past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        sources = [mask[:, None, :, None]]                                     # DynamicCache keeps float32 in autocast
+        sources += [x.to(logits.dtype) for layer in cache.layers for x in (layer.keys, layer.values)]
+        P, new = mask.shape[1], slice(self.rows, self.rows + len(repeat))
+        if self.buffers:
+            self.trim(at_least=P)
+        else:
+            self.layers, self.buffers, self.columns = [_Layer() for _ in cache.layers], sources[:], P
+            self.reserve(self.slots)
+        for buffer, source in zip(self.buffers, sources):
+            buffer[new, :, :self.columns - P] = 0                              # masked, but 0 · NaN would be NaN
+            buffer[new, :, self.columns - P:self.columns] = source[repeat]
+        self.rows = new.stop
+        return logits[repeat]
+
+    def remove(self, done):
+        """Free the slots of rows done (R,) bool. Returns (holes, movers): the rows `movers` are now at `holes`."""
+        self.rows -= int(done.sum())
+        holes = done[:self.rows].nonzero()[:, 0]
+        movers = self.rows + (~done[self.rows:]).nonzero()[:, 0]
+        for buffer in self.buffers:
+            buffer[holes, :, :self.columns] = buffer[movers, :, :self.columns]
+        return holes, movers
+
+    def extend(self, waiting):
+        """One more column for the next token of each row. Returns the attention mask (R, columns)."""
+        if self.columns == self.buffers[0].shape[2]:
+            self.trim(at_least=1)
+            if self.columns > self.buffers[0].shape[2] - BUCKET // 2:
+                self.reserve(self.slots if waiting else self.rows)
+        self.columns += 1
+        mask, *states = [buffer[:self.rows, :, :self.columns] for buffer in self.buffers]
+        mask[:, :, -1] = True
+        for layer, keys, values in zip(self.layers, states[::2], states[1::2]):
+            layer.keys, layer.values, layer.is_initialized = keys, values, True
+        return mask[:, 0, :, 0].long()
+
+
+def _decode(model, prompts, group_size, pad_id, slots, max_new_tokens, temperature, generator, stop_ids, bar):
+    """Sample the responses to all prompts, at most `slots` at a time; where rows finish, waiting prompts move up.
+
+    Returns tokens and logprobs (B, max_new_tokens), lengths and finished (B,)."""
+    device, B = model.device, len(prompts) * group_size
+    cache = _Slots(min(slots, B))
+    tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
+    logprobs, lengths = torch.zeros(B, max_new_tokens, device=device), torch.zeros(B, dtype=torch.long, device=device)
+    finished = torch.zeros(B, dtype=torch.bool, device=device)
+    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(group_size)
+    # Longest prompts first: one that moves up then fits into the columns in use, next to prompts of its length.
+    waiting = prompt_lengths.argsort(descending=True, stable=True).tolist()
+    row = torch.zeros(0, dtype=torch.long, device=device)                      # (R,) which of the B rows is in a slot
+    logits = None                                                              # (R, V)
+    while waiting or len(row):
+        free = cache.slots - len(row)
+        if waiting and free >= max(1, cache.slots // 4):                       # some together: a prefill costs a pass
+            new, waiting = waiting[:free], waiting[free:]
+            prefilled = cache.admit(model, prompts, [b // group_size for b in new], pad_id)
+            logits = torch.cat([logits, prefilled]) if len(row) else prefilled
+            row = torch.cat([row, torch.tensor(new, device=device)])
         token, logprob = _sample(logits, temperature, generator)
-        tokens[alive, t], logprobs[alive, t] = token, logprob
-        bar.update(len(alive))
-        stopped = torch.isin(token, stop_ids)
-        if stopped.any():                                                      # finished rows leave the batch
-            lengths[alive[stopped]], finished[alive[stopped]] = t + 1, True
-            bar.total -= int(stopped.sum()) * (max_new_tokens - t - 1)
-            keep = (~stopped).nonzero()[:, 0]
-            alive, token, mask, position = alive[keep], token[keep], mask[keep], position[keep]
-            cache.batch_select_indices(keep)
-        if len(alive) == 0 or t == max_new_tokens - 1:
-            break
-        mask = F.pad(mask, (0, 1), value=1)
-        logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache,
-                       use_cache=True).logits[:, -1]
-        position = position + 1
+        tokens[row, lengths[row]], logprobs[row, lengths[row]] = token, logprob
+        lengths[row] += 1
+        bar.update(len(row))
+        finished[row] = torch.isin(token, stop_ids)
+        done = finished[row] | (lengths[row] == max_new_tokens)
+        if done.any():
+            bar.total -= int((max_new_tokens - lengths[row[done]]).sum())
+            holes, movers = cache.remove(done)
+            for x in (row, token):
+                x[holes] = x[movers]
+            row, token = row[:cache.rows], token[:cache.rows]
+        if len(row):
+            position = prompt_lengths[row] + lengths[row] - 1
+            logits = model(input_ids=token[:, None], attention_mask=cache.extend(waiting),
+                           position_ids=position[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
     return tokens, logprobs, lengths, finished
 
 
@@ -163,22 +241,19 @@ def generate(model, tokenizer, prompts, group_size, max_new_tokens, temperature=
     generator = None if seed is None else torch.Generator(device=device).manual_seed(seed)
     stop_ids = torch.tensor(stop_token_ids(model, tokenizer) if stop_ids is None else list(stop_ids), device=device)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    parts, training = [], model.training
+    training = model.training
     model.eval()                                                               # no dropout, and a cache that is kept
-    rows = [q for q in range(len(prompts)) for _ in range(group_size)]
-    with tqdm(total=len(rows) * max_new_tokens, desc="sampling", unit=" tokens", unit_scale=True, leave=False,
-              delay=SHOW_PROGRESS_AFTER) as bar:
-        for start in range(0, len(rows), max_sequences):
-            part = rows[start:start + max_sequences]
-            repeat = torch.tensor(part, device=device) - part[0]
-            prompt_ids, prompt_mask = _left_pad(prompts[part[0]:part[-1] + 1], pad_id, device)
-            tokens, logprobs, lengths, finished = _decode(
-                model, prompt_ids, prompt_mask, repeat, max_new_tokens, temperature, generator, stop_ids, bar)
-            T = int(lengths.max())
-            mask = torch.arange(T, device=device) < lengths[:, None]           # from lengths, never token == pad
-            texts = tokenizer.batch_decode([row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())],
-                                           skip_special_tokens=True)
-            parts.append(Rollout(prompt_ids[repeat], prompt_mask[repeat],
-                                 tokens[:, :T].masked_fill(~mask, pad_id), mask, logprobs[:, :T], finished, texts))
-    model.train(training)
-    return concatenate(parts)
+    try:
+        with tqdm(total=len(prompts) * group_size * max_new_tokens, desc="sampling", unit=" tokens", unit_scale=True,
+                  leave=False, delay=SHOW_PROGRESS_AFTER) as bar:
+            tokens, logprobs, lengths, finished = _decode(model, prompts, group_size, pad_id, max_sequences,
+                                                          max_new_tokens, temperature, generator, stop_ids, bar)
+    finally:
+        model.train(training)
+    T = int(lengths.max())
+    mask = torch.arange(T, device=device) < lengths[:, None]                   # from lengths, never token == pad
+    texts = tokenizer.batch_decode([row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())],
+                                   skip_special_tokens=True)
+    prompt_ids, prompt_mask = (x.repeat_interleave(group_size, 0) for x in _left_pad(prompts, pad_id, device))
+    return Rollout(prompt_ids, prompt_mask, tokens[:, :T].masked_fill(~mask, pad_id), mask, logprobs[:, :T], finished,
+                   texts)

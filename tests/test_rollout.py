@@ -315,13 +315,50 @@ def test_the_progress_bar_ends_at_its_total_the_number_of_sampled_tokens(monkeyp
     assert [(bar.n, bar.total) for bar in bars] == [(33, 33)]                   # 3 rows each of 3, 5, 2 and 1 tokens
 
 
-def test_no_more_than_max_sequences_rows_and_only_their_prompts_are_decoded_together():
+def test_no_more_than_max_sequences_rows_are_decoded_together_and_waiting_prompts_move_up():
     model = chain_model(CHAIN)
     shapes = forward_shapes(model)
-    result = rollout.generate(model, SMALL, [[4], [4, 4], [4, 4, 4]], 3, 2, temperature=0, max_sequences=4)
-    # parts: rows 0–3 (prompts 0, 1), 4–7 (prompts 1, 2), 8 (prompt 2)
-    assert shapes == [(2, 2), (4, 1), (2, 3), (4, 1), (1, 3), (1, 1)]
-    assert result.prompt_mask.sum(1).tolist() == [1] * 3 + [2] * 3 + [3] * 3 and responses(result) == [[5, 5]] * 9
+    result = rollout.generate(model, SMALL, [[7, 1], [4], [6, 6, 6]], 2, 4, temperature=0, max_sequences=4)
+    # longest first: "f" ends at its first token, "a" after 3, "d" is cut off at 4. Rows f f a a; f leaves, d d move up
+    # while a goes on: 2 rows of a (b sampled), then 4 rows together, 4 again, and d alone
+    assert shapes == [(2, 3), (2, 1), (1, 1), (4, 1), (2, 1), (2, 1)]
+    assert responses(result) == [[2, 3, 0]] * 2 + [[5] * 4] * 2 + [[0]] * 2
+
+
+def test_slots_are_refilled_a_quarter_at_a_time():
+    model = chain_model(CHAIN)
+    shapes = forward_shapes(model)
+    rollout.generate(model, SMALL, [[6]] * 3 + [[4]] * 7, 1, 2, temperature=0, max_sequences=8)
+    # equal prompts lengths keep their order: 3 rows end at once (3 of 8 slots >= 2), the 2 waiting ones move up
+    assert shapes == [(8, 1), (5, 1), (2, 1), (2, 1)]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_growing_shifting_and_refilling_the_cache_changes_nothing(kind, monkeypatch):
+    """Tiny buckets, all memory that is not written filled with NaN, many prompts in few slots."""
+    model = tiny_model(kind)
+    prompts = [[1 + (5 * i + j) % 60 for j in range(1 + i % 7)] for i in range(16)]
+    stop_ids = list(range(0, 61, 7))
+    expected = [transformers_greedy(model, prompt, 12, stop_ids) for prompt in prompts]
+    assert len({len(response) for response in expected}) >= 3
+    monkeypatch.setattr(rollout, "BUCKET", 2)
+    torch.use_deterministic_algorithms(True)                                    # fills new memory with NaN
+    try:
+        for max_sequences in (2, 3, 5, 16):
+            result = rollout.generate(model, TOKENIZER, prompts, 1, 12, temperature=0, stop_ids=stop_ids,
+                                      max_sequences=max_sequences)
+            assert responses(result) == expected
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_the_cache_holds_no_columns_that_no_row_needs():
+    """Four rows of 40 tokens one after the other in one slot: columns of the rows before are dropped."""
+    model, widths = chain_model(CHAIN), []
+    model.model.layers[0].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["past_key_values"].get_seq_length()), with_kwargs=True)
+    rollout.generate(model, SMALL, [[4]] * 4, 1, 40, temperature=0, max_sequences=1)
+    assert max(widths) == 39                                                    # a prompt of 1 and 38 of 40 tokens
 
 
 # ---- Rollout.inputs, select, concatenate
@@ -498,14 +535,23 @@ def test_a_model_in_training_mode_with_checkpointing_generates_the_same_and_stay
 
 def test_the_cache_is_kept_in_the_compute_type_under_autocast(monkeypatch):
     dtypes = set()
-    original = rollout._Cache.update
+    original = rollout._Layer.update
 
     def spy(self, *args, **kwargs):
         stored = original(self, *args, **kwargs)
         dtypes.update(tensor.dtype for tensor in stored)
         return stored
 
-    monkeypatch.setattr(rollout._Cache, "update", spy)
+    monkeypatch.setattr(rollout._Layer, "update", spy)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rollout.generate(tiny_model("qwen2 tied"), byte_level_tokenizer("abc"), [[3, 1, 2]], 2, 4, seed=0)
     assert dtypes == {torch.bfloat16}
+
+
+def test_an_error_while_sampling_leaves_the_model_in_its_mode():
+    model = tiny_model("qwen2 tied").train()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(math.nan)
+    with pytest.raises(FloatingPointError):
+        rollout.generate(model, TOKENIZER, PROMPTS, 1, 4)
+    assert model.training
