@@ -42,12 +42,13 @@ EMBEDDED = {TINY: "math", TINY / "stack": f"{TINY / 'stack_machine.py'}:program_
 DEFAULTS = {   # flag: (embedded model, real model = the paper's 0.5B settings, App. 7.3)
     "data": ("its train.jsonl", "math"), "eval_data": ("its test.jsonl", "a tenth of --data, held out"),
     "reward": ("its own", "math"), "eval_size": (500, 200), "steps": (150, 105), "batch_size": (32, 32),
-    "minibatch_size": (32, 16), "micro_batch_size": (256, 4), "lr": (1e-4, 5e-7), "max_new_tokens": (64, 2500),
+    "minibatch_size": (32, 16), "micro_batch_tokens": (16384, 16384), "lr": (1e-4, 5e-7), "max_new_tokens": (64, 2500),
     "kl_coef": (0.0, 1e-4), "max_sequences": (1024, 128), "eval_every": (50, 20), "save_every": (25, 5),
     "delta_every": (1, 10), "gradient_checkpointing": (False, True)}
-MAY_CHANGE_ON_RESUME = ("steps", "eval_every", "save_every", "device", "out")
+MAY_CHANGE_ON_RESUME = ("steps", "eval_every", "save_every", "device", "out", "micro_batch_tokens", "max_sequences",
+                        "gradient_checkpointing")
 NOT_MEASURED = dict.fromkeys(("tau", "eta", "selected_share", "updates", "loss", "clip_share", "kl", "nll", "grad_norm",
-                              "delta_mean", "delta_nonpositive_share", "eval_accuracy"))
+                              "ratio_deviation", "delta_mean", "delta_nonpositive_share", "eval_accuracy"))
 
 
 def fail(message):
@@ -99,7 +100,8 @@ def build_parser():
     add("--max-sequences", type=int, help="responses sampled together: bounds the KV cache")
     add = adder(parser.add_argument_group("objective and update (Eq. 1, App. 7.3, App. 7.8)"))
     add("--minibatch-size", type=int, help="questions per AdamW update: batch-size / minibatch-size updates a step")
-    add("--micro-batch-size", type=int, help="responses per forward pass, a multiple or a divisor of G: bounds memory")
+    add("--micro-batch-tokens", type=int, help="most tokens per forward pass, padding included (a longer row goes "
+        "alone): bounds memory")
     add("--lr", type=float, help="AdamW learning rate")
     add("--steps", type=int, help="sampling steps")
     add("--clip-eps", type=float, default=0.2, help="ε of Eq. 1")
@@ -152,7 +154,7 @@ def parse_args(argv=None):
 def check(args):
     """One line for flags that cannot work, before anything is loaded; settles device and dtype "auto"."""
     for names, expected, valid in (
-            ("batch_size minibatch_size micro_batch_size steps max_new_tokens sampling_rounds max_sequences eval_size",
+            ("batch_size minibatch_size micro_batch_tokens steps max_new_tokens sampling_rounds max_sequences eval_size",
              "at least 1", lambda value: value >= 1),
             ("group_size", "at least 2, because advantages compare responses", lambda value: value >= 2),
             ("kl_coef nll_coef eval_every save_every delta_every seed", "0 or more, and finite",
@@ -165,9 +167,6 @@ def check(args):
                 fail(f"--{name.replace('_', '-')} must be {expected}, got {getattr(args, name)}")
     if args.batch_size % args.minibatch_size:
         fail(f"--batch-size {args.batch_size} must be a multiple of --minibatch-size {args.minibatch_size}")
-    if args.micro_batch_size % args.group_size and args.group_size % args.micro_batch_size:
-        fail(f"--micro-batch-size {args.micro_batch_size} must be a multiple or a divisor of --group-size "
-             f"{args.group_size}")
     args.device = choose_device(args.device)
     if args.dtype == "auto":
         args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
@@ -355,6 +354,28 @@ def group_rows(groups, group_size):
     return (groups[:, None] * group_size + torch.arange(group_size)).flatten()
 
 
+def minibatches(groups, args):
+    """The rows of each AdamW update of a step that kept so many groups: a list of LongTensors, whole groups each."""
+    parts = torch.arange(groups).tensor_split(args.batch_size // args.minibatch_size)
+    return [group_rows(part, args.group_size) for part in parts if len(part)]
+
+
+def micro_batches(rollout, rows, budget):
+    """`rows`, a LongTensor, in parts that one forward pass takes: at most `budget` tokens, padding included.
+
+    Rows are sorted by response length, so that little is padding; one that exceeds the budget goes alone. π_old and
+    π_θ come from the same parts: other shapes round differently, which in bfloat16 would move the ratio off 1."""
+    prompts, responses = rollout.prompt_mask.sum(1).tolist(), rollout.response_mask.sum(1).tolist()
+    parts, P, T = [], 0, 0
+    for row in sorted(rows.tolist(), key=responses.__getitem__):
+        P, T = max(P, prompts[row]), max(T, responses[row])
+        if not parts or (len(parts[-1]) + 1) * (P + T) > budget:
+            parts.append([])
+            P, T = prompts[row], responses[row]
+        parts[-1].append(row)
+    return [torch.tensor(part) for part in parts]
+
+
 def sample_groups(model, tokenizer, problems, prompts, args, step, position):
     """Sample and reward G responses to each of the next questions; drop groups that are all right or all wrong.
 
@@ -385,12 +406,10 @@ def sample_groups(model, tokenizer, problems, prompts, args, step, position):
 
 
 def policy_logprobs(model, rollout, rows, args, return_hidden=False):
-    """`response_logprobs` of these rows, micro-batch by micro-batch: (b, t), t the longest of these responses."""
+    """`response_logprobs` of these rows in one forward pass: (b, t), t the longest of these responses."""
     ids, attention_mask, prompt_length = rollout.inputs(rows)
     with precision(args):
-        parts = [response_logprobs(model, i, m, prompt_length, args.temperature, return_hidden)
-                 for i, m in zip(ids.split(args.micro_batch_size), attention_mask.split(args.micro_batch_size))]
-    return tuple(map(torch.cat, zip(*parts))) if return_hidden else torch.cat(parts)
+        return response_logprobs(model, ids, attention_mask, prompt_length, args.temperature, return_hidden)
 
 
 @torch.no_grad()
@@ -398,30 +417,37 @@ def old_policy_pass(model, reference, rollout, rewards, args, step, timer):
     """ONE no-grad pass over whole groups: ln π_old, and from the same hidden states the method's advantages.
 
     Returns old_logprobs, ref_logprobs (or None) and advantages, all (B, T), and NTHR's metrics."""
-    correct = rewards.flatten().to(args.device) == 1                           # (B,)
-    advantages = group_advantages(rewards).to(args.device).view(-1, 1).repeat(1, rollout.response_mask.shape[1])
+    correct, mask = rewards.flatten().to(args.device) == 1, rollout.response_mask                  # (B,), (B, T)
+    advantages = group_advantages(rewards).to(args.device).view(-1, 1).repeat(1, mask.shape[1])
     old, ref = torch.zeros_like(advantages), torch.zeros_like(advantages) if reference else None
-    lm_head, generator = model.get_output_embeddings().weight, torch.Generator()
+    lm_head, generator, stats = model.get_output_embeddings().weight, torch.Generator(), []
     generator.manual_seed(step_seed(args, step, args.sampling_rounds))         # no round of sampling has this seed
-    stats = []
-    for rows in torch.arange(len(old)).split(max(args.group_size, args.micro_batch_size)):
-        with timer("old_probabilities"):
-            logprobs, hidden = policy_logprobs(model, rollout, rows, args, return_hidden=True)
-            t = logprobs.shape[1]
-            old[rows, :t] = logprobs
-        if reference:
-            with timer("reference"):
-                ref[rows, :t] = policy_logprobs(reference, rollout, rows, args)
+    for rows in minibatches(len(rewards), args):
+        first, hidden = int(rows[0]), None
+        for micro in micro_batches(rollout, rows, args.micro_batch_tokens):
+            with timer("old_probabilities"):
+                logprobs, states = policy_logprobs(model, rollout, micro, args, return_hidden=True)
+                t = logprobs.shape[1]
+                old[micro, :t] = logprobs
+                if hidden is None:                                             # of the mini-batch, (b, T, d)
+                    shape = (len(rows), mask.shape[1], states.shape[2])
+                    hidden = states.new_zeros(shape, dtype=getattr(torch, args.dtype))
+                hidden[micro - first, :t] = states.to(hidden.dtype)
+            if reference:
+                with timer("reference"):
+                    ref[micro, :t] = policy_logprobs(reference, rollout, micro, args)
         if args.method in ("nthr", "random"):
             with timer("nthr"):
-                for group, lp, h in zip(*(x.split(args.group_size) for x in (rows, logprobs, hidden))):
-                    mask, A = rollout.response_mask[group, :t], advantages[group, :t]
+                for group in rows.split(args.group_size):
+                    t = max(1, int(mask[group].sum(1).max()))
+                    A, m = advantages[group, :t], mask[group, :t]
                     result = nthr_advantages(
-                        A, h, rollout.response_ids[group, :t], mask, correct[group], lm_head, logprobs=lp,
-                        beta=args.beta, eta=args.eta, vocabulary=args.nthr_vocab, temperature=args.temperature)
+                        A, hidden[group - first, :t], rollout.response_ids[group, :t], m, correct[group], lm_head,
+                        logprobs=old[group, :t], beta=args.beta, eta=args.eta, vocabulary=args.nthr_vocab,
+                        temperature=args.temperature)
                     advantages[group, :t] = result.advantages
                     if args.method == "random":
-                        chosen = random_selection(result.selected, mask, correct[group], generator)
+                        chosen = random_selection(result.selected, m, correct[group], generator)
                         advantages[group, :t] = torch.where(chosen, result.eta * A, A)
                     stats.append((result.tau.item(), result.eta, result.selected.sum().item()))
     if args.method == "pos-only":
@@ -429,32 +455,30 @@ def old_policy_pass(model, reference, rollout, rewards, args, step, timer):
     if not stats:
         return old, ref, advantages, {}
     tau, eta, selected = np.array(stats).T
-    negative_tokens = rollout.response_mask[~correct].sum().item()
     return old, ref, advantages, {"tau": tau.mean(), "eta": eta.mean(),
-                                  "selected_share": selected.sum() / max(1, negative_tokens)}
+                                  "selected_share": selected.sum() / max(1, mask[~correct].sum().item())}
 
 
 def update(model, optimizer, rollout, rewards, old, ref, advantages, args, state):
     """Ascend Eq. 1 by AdamW, one update per mini-batch of questions. Returns metrics, means over the updates made.
 
     An update with a non-finite loss or gradient is skipped; state["nonfinite"] counts how many in a row."""
-    correct, mask, G = rewards.flatten().to(args.device) == 1, rollout.response_mask, args.group_size
+    correct, mask = rewards.flatten().to(args.device) == 1, rollout.response_mask
     model.train(args.gradient_checkpointing)                                   # recomputation works in train mode only
-    done = []
-    minibatches = torch.arange(len(rewards)).tensor_split(args.batch_size // args.minibatch_size)
-    for rows in (group_rows(groups, G) for groups in minibatches if len(groups)):
-        weights = token_weights(mask[rows], G)
-        by_length = mask[rows].sum(1).argsort(stable=True).cpu()               # similar lengths together: less padding
-        totals = {}
-        for micro in by_length.split(args.micro_batch_size):
-            b = rows[micro]
-            logprobs = policy_logprobs(model, rollout, b, args)
+    done, deviation = [], 0.0
+    for number, rows in enumerate(minibatches(len(rewards), args)):
+        weights, totals = torch.zeros(len(mask), device=mask.device), {}
+        weights[rows] = token_weights(mask[rows], args.group_size)
+        for micro in micro_batches(rollout, rows, args.micro_batch_tokens):
+            logprobs = policy_logprobs(model, rollout, micro, args)
             t = logprobs.shape[1]
             loss, metrics = grpo_loss(
-                logprobs, old[b, :t], advantages[b, :t], mask[b, :t], G, args.clip_eps,
-                None if ref is None else ref[b, :t], args.kl_coef, args.nll_coef, correct[b], weights[micro])
+                logprobs, old[micro, :t], advantages[micro, :t], mask[micro, :t], args.group_size, args.clip_eps,
+                None if ref is None else ref[micro, :t], args.kl_coef, args.nll_coef, correct[micro], weights[micro])
             loss.backward()
             totals = {name: totals.get(name, 0.0) + value.item() for name, value in metrics.items()}
+            if number == 0:                                                    # nothing has moved yet: γ should be 1
+                deviation = max(deviation, torch.expm1(logprobs.detach() - old[micro, :t]).abs().max().item())
         totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
         if math.isfinite(totals["loss"]) and math.isfinite(totals["grad_norm"]):
             optimizer.step()
@@ -468,7 +492,7 @@ def update(model, optimizer, rollout, rewards, old, ref, advantages, args, state
             break
     model.eval()
     means = {name: sum(totals[name] for totals in done) / len(done) for name in done[0]} if done else {}
-    return {"updates": len(done), **means}
+    return {"updates": len(done), "ratio_deviation": deviation, **means}
 
 
 @torch.no_grad()
@@ -477,9 +501,10 @@ def step_likelihood_change(model, rollout, rewards, old, args):
 
     Here θ' is the policy after the whole step, all questions together; §4 updates on one question alone."""
     correct = rewards.to(args.device) == 1                                     # (K, G)
-    rows, new = correct.flatten().nonzero()[:, 0].cpu(), old.clone()           # only the correct responses matter
-    logprobs = policy_logprobs(model, rollout, rows, args)
-    new[rows, :logprobs.shape[1]] = logprobs
+    new = old.clone()
+    for rows in micro_batches(rollout, correct.flatten().nonzero()[:, 0], args.micro_batch_tokens):
+        logprobs = policy_logprobs(model, rollout, rows, args)                 # only the correct responses matter
+        new[rows, :logprobs.shape[1]] = logprobs
     new, old, mask = (x.view(*correct.shape, -1) for x in (new, old, rollout.response_mask))       # (K, G, T)
     delta = torch.stack([likelihood_change(*group) for group in zip(new, old, mask, correct)])
     return {"delta_mean": delta.mean().item(), "delta_nonpositive_share": (delta <= 0).float().mean().item()}

@@ -48,7 +48,8 @@ def build_parser(doc, script, questions, eta):
     add("--temperature", type=float, default=1.0, help="of sampling, and of π everywhere")
     add("--max-new-tokens", type=int, help="longest response, in tokens")
     add("--max-sequences", type=int, help="responses sampled together: bounds the KV cache")
-    add("--micro-batch-size", type=int, help="responses per forward pass: bounds memory")
+    add("--micro-batch-size", type=int, help="responses per forward pass: bounds memory (default: embedded model "
+        "--group-size, real model 4)")
     add("--seed", type=int, default=0, help="of the questions, of sampling and of GRPO + Random")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--out", help=f"output folder (default: runs/{script}-MODEL)")
@@ -65,6 +66,7 @@ def parse(parser, argv):
     args = parser.parse_args(argv)
     embedded = Path(args.model).resolve() in train.EMBEDDED
     defaults = train.defaults_of(args.model)
+    defaults["micro_batch_size"] = args.group_size if embedded else 4
     for name in ("data", "reward", "max_new_tokens", "max_sequences", "micro_batch_size"):
         if getattr(args, name) is None:
             setattr(args, name, defaults[name])

@@ -64,7 +64,7 @@ ROWS = {
            ("nthr-lr=0.001", "grpo-lr=0.001")],
     "group-size": [("grpo-group_size=4", ""), ("nthr-group_size=4", "grpo-group_size=4"), ("grpo", ""),
                    ("nthr", "grpo"), ("grpo-group_size=16", ""), ("nthr-group_size=16", "grpo-group_size=16")]}
-SHORT = ("--steps=60", "--batch-size=16", "--minibatch-size=16", "--micro-batch-size=64", "--eval-every=20",
+SHORT = ("--steps=60", "--batch-size=16", "--minibatch-size=16", "--micro-batch-tokens=4096", "--eval-every=20",
          "--eval-size=600")                                                    # the documented settings of tiny
 
 
@@ -340,7 +340,7 @@ def test_the_defaults_of_the_embedded_model_are_the_documented_ones():
     (("--method", "grpo"), "--method and --resume are set for each run"),
     (("--batch-size", 6, "--minibatch-size", 3), "--batch-size must be a multiple of 4, got 6"),
     (("--lr", -1), "--lr must be"), (("--reward", "nothing"), "--reward"), (("--seed", -1), "--seed must be"),
-    (("--micro-batch-size", 24), "--micro-batch-size 24 must be a multiple or a divisor of --group-size")])
+    (("--micro-batch-tokens", 0), "--micro-batch-tokens must be at least 1")])
 def test_bad_flags_end_with_one_line_and_start_nothing(stand_in, flags, words):
     assert words in error_of(*flags)
     assert calls(stand_in) == []

@@ -12,7 +12,9 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import numpy as np
@@ -35,7 +37,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUD
 WALL_CLOCK = ("seconds", "tokens_per_second", "peak_memory_gib")
 SAMPLE_METRICS = {"questions", "groups_kept", "success_rate", "response_length", "truncated_share"}
 UPDATE_METRICS = {"tau", "eta", "selected_share", "updates", "loss", "clip_share", "kl", "nll", "grad_norm",
-                  "delta_mean", "delta_nonpositive_share"}
+                  "ratio_deviation", "delta_mean", "delta_nonpositive_share"}
 METRICS = {"step", "eval_accuracy", *WALL_CLOCK} | SAMPLE_METRICS | UPDATE_METRICS
 
 
@@ -252,7 +254,7 @@ def local_model(tmp_path_factory):
 
 def local_flags(folder):
     return ["--model", folder, "--data", folder / "data.json", "--eval-data", folder / "data.json", "--steps", 2,
-            "--batch-size", 2, "--minibatch-size", 1, "--micro-batch-size", 2, "--group-size", 2,
+            "--batch-size", 2, "--minibatch-size", 1, "--micro-batch-tokens", 40, "--group-size", 2,
             "--max-new-tokens", 8, "--kl-coef", 0.01, "--gradient-checkpointing", "--device", "cpu",
             "--dtype", "float32"]
 
@@ -557,12 +559,66 @@ def test_methods_without_nthr_log_no_nthr_metrics(step):
 
 # ------------------------------------------------------------------------------------------------- 5. the update
 
-@pytest.mark.parametrize("size", [2, 8, 16])
-def test_the_micro_batch_size_does_not_change_a_step(step, size):
-    whole, parts = step(), step("--micro-batch-size", size)
+@pytest.mark.parametrize("tokens", [1, 150, 700])
+def test_the_size_of_micro_batches_does_not_change_a_step(step, tokens):
+    whole, parts = step(), step("--micro-batch-tokens", tokens)
     assert relative_difference(whole, parts, ROOT / "tiny") < 0.01
     for name in UPDATE_METRICS - {"kl"}:
         assert metrics_of(parts)[1][name] == pytest.approx(metrics_of(whole)[1][name], rel=1e-3, abs=1e-6), name
+
+
+def test_micro_batches_are_sorted_by_length_and_hold_as_many_rows_as_the_budget_allows():
+    """By hand: a row costs as many tokens as the longest prompt and the longest response of its part together."""
+    def rollout(prompts, responses):
+        P, T = max(prompts), max(responses)
+        return SimpleNamespace(prompt_mask=torch.arange(P) >= P - torch.tensor(prompts)[:, None],
+                               response_mask=torch.arange(T) < torch.tensor(responses)[:, None])
+
+    sampled = rollout([2, 4, 2, 2, 2], [5, 1, 3, 1, 30])
+    rows = torch.arange(5)
+    for budget, expected in ((10, [[1, 3], [2], [0], [4]]),                     # (4+1)·2 = 10; 2+3, with 5: 7·2 = 14
+                             (14, [[1, 3], [2, 0], [4]]),                       # (4+3)·3 = 21; then 7·2 = 14
+                             (1, [[1], [3], [2], [0], [4]]), (1000, [[1, 3, 2, 0, 4]])):
+        assert [part.tolist() for part in train.micro_batches(sampled, rows, budget)] == expected
+    assert [part.tolist() for part in train.micro_batches(sampled, torch.tensor([4, 2]), 64)] == [[2, 4]]
+
+
+def test_minibatches_are_whole_groups_and_as_equal_as_possible():
+    args = Namespace(batch_size=8, minibatch_size=2, group_size=2)
+    assert [part.tolist() for part in train.minibatches(5, args)] == [[0, 1, 2, 3], [4, 5], [6, 7], [8, 9]]
+    assert [part.tolist() for part in train.minibatches(1, args)] == [[0, 1]]
+
+
+@pytest.mark.parametrize("flags", [[], ["--micro-batch-tokens", 300, "--minibatch-size", 4, "--gradient-checkpointing"]])
+def test_in_bfloat16_old_and_new_probabilities_agree_before_the_first_update(step, flags):
+    """Ratio 1 ± 1e-3: the clip must not fire on rounding."""
+    row = metrics_of(step("--dtype", "bfloat16", *flags))[1]
+    assert row["ratio_deviation"] <= 1e-3
+    if not flags:
+        assert row["clip_share"] == 0
+    model, tokenizer = train.load_model(ROOT / "tiny", "cpu"), AutoTokenizer.from_pretrained(ROOT / "tiny")
+    prompts = [train.encode_prompt(tokenizer, problem) for problem in ("1+2", "17+4*3", "(9-2)*8+5", "8*7")]
+    rollout = train.generate(model, tokenizer, prompts, 2, 48, seed=0)
+    with torch.no_grad():
+        exact, rounded = (train.policy_logprobs(model, rollout, torch.arange(8), Namespace(
+            dtype=dtype, device="cpu", temperature=1.0)) for dtype in ("float32", "bfloat16"))
+    assert (exact - rounded).abs().max() > 3e-3                                 # bfloat16 alone is no better than this
+
+
+def test_the_deviation_of_the_ratio_is_that_of_the_largest_token(step, monkeypatch):
+    original = train.old_policy_pass
+
+    def shifted(*args):
+        old, *rest = original(*args)
+        mask = args[2].response_mask
+        old[3, 2] -= 0.25
+        old[5, 0] += 0.5
+        assert mask[3, 2] and mask[5, 0]
+        return old, *rest
+
+    monkeypatch.setattr(train, "old_policy_pass", shifted)
+    row = metrics_of(step("--delta-every", 0))[1]                               # a step that no other test has made
+    assert row["ratio_deviation"] == pytest.approx(max(1 - math.exp(-0.5), math.exp(0.25) - 1), rel=1e-3)
 
 
 def test_each_minibatch_is_one_update(step):
@@ -627,7 +683,6 @@ def test_the_nll_term_enters_the_loss_with_its_coefficient(step):
 @pytest.mark.parametrize("flags, expected", [
     (["--group-size", 1], ["--group-size", "at least 2", "got 1"]),
     (["--batch-size", 10, "--minibatch-size", 4], ["--batch-size 10", "--minibatch-size 4", "multiple"]),
-    (["--micro-batch-size", 12, "--group-size", 8], ["--micro-batch-size 12", "--group-size 8", "multiple"]),
     (["--lr=-1"], ["--lr", "above 0", "got -1.0"]),
     (["--lr", "inf"], ["--lr", "finite", "got inf"]),
     (["--temperature", "nan"], ["--temperature", "above 0", "got nan"]),
@@ -643,7 +698,7 @@ def test_the_nll_term_enters_the_loss_with_its_coefficient(step):
     (["--steps", 0], ["--steps", "at least 1", "got 0"]),
     (["--batch-size", 0], ["--batch-size", "at least 1", "got 0"]),
     (["--minibatch-size", 0], ["--minibatch-size", "at least 1", "got 0"]),
-    (["--micro-batch-size", 0], ["--micro-batch-size", "at least 1", "got 0"]),
+    (["--micro-batch-tokens", 0], ["--micro-batch-tokens", "at least 1", "got 0"]),
     (["--max-new-tokens", 0], ["--max-new-tokens", "at least 1", "got 0"]),
     (["--max-sequences", 0], ["--max-sequences", "at least 1", "got 0"]),
     (["--sampling-rounds", 0], ["--sampling-rounds", "at least 1", "got 0"]),
@@ -793,7 +848,7 @@ def test_an_output_path_that_cannot_be_a_folder_is_refused(small, tmp_path):
 
 
 @pytest.mark.parametrize("flags, expected", [
-    (["--micro-batch-size", 12], "--micro-batch-size 12"), (["--model", "no/such/model"], "no/such/model")])
+    (["--batch-size", 12, "--minibatch-size", 8], "--batch-size 12"), (["--model", "no/such/model"], "no/such/model")])
 def test_an_error_is_one_line_on_stderr_with_exit_code_one(flags, expected, tmp_path):
     result = run(*flags, "--out", "run", cwd=tmp_path, check=False)
     assert result.returncode == 1 and result.stdout == ""
@@ -977,7 +1032,7 @@ def test_a_local_model_learns_all_the_same_with_its_dropout_switched_off(local_m
     monkeypatch.setattr(train, "math_reward", lambda text, gold: float(len(text) % 2))
     dropout = make_model_folder(tmp_path / "dropout", chat_template=True, attention_dropout=0.5)
     for name, model, extra in (("eval", local_model, ["--no-gradient-checkpointing"]), ("train", dropout, [])):
-        run_here(*local_flags(model), "--group-size", 4, "--micro-batch-size", 4, "--lr", 1e-3, *extra,
+        run_here(*local_flags(model), "--group-size", 4, "--micro-batch-tokens", 100, "--lr", 1e-3, *extra,
                  "--out", tmp_path / name)
         assert metrics_of(tmp_path / name)[1]["updates"] >= 1
     assert relative_difference(tmp_path / "eval", tmp_path / "train", local_model) < 0.01
