@@ -152,7 +152,8 @@ def test_a_torn_download_without_a_known_hash_shows_in_its_json(content, served,
     monkeypatch.setitem(train.DOWNLOADS, "math", (served["amc23"].as_uri(), None))
     whole = served["amc23"].read_text()
     served["amc23"].write_text(content)
-    error_of(train.load_problems, "math")
+    message = error_of(train.load_problems, "math")
+    assert message.startswith("error: math ") and "try again" in message and served["amc23"].as_uri() in message
     served["amc23"].write_text(whole.replace('"url"', '"level": "Level 4", "url"'))
     assert len(train.load_problems("math")) == 3
 
