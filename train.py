@@ -6,6 +6,7 @@ python train.py --model tiny/stack                  # a second embedded model: s
 python train.py --model Qwen/Qwen2.5-0.5B           # App. 7.3's 0.5B settings on MATH levels 3-5, one GPU
 python train.py --model my/folder --data my.jsonl   # any Hugging Face causal LM, any {"problem", "answer"} file
 python train.py --resume runs/tiny-nthr-seed0       # continue a run that was stopped
+python train.py --eval-only --model my/folder       # greedy accuracy on the five benchmarks of Table 2, no training
 """
 import argparse
 import json
@@ -38,10 +39,20 @@ from rollout import INSTRUCTION, concatenate, encode_prompt, generate
 TINY = Path(__file__).resolve().parent / "tiny"
 MATH_URL = ("https://raw.githubusercontent.com/rasbt/math_full_minus_math500/"
             "1636438eae81f1a7179de613f1c4aa52782b3a18/math_full_minus_math500.json")
+QWEN_MATH = ("https://raw.githubusercontent.com/QwenLM/Qwen2.5-Math/a45202bd16f1ec06f433442dc1152d0074773465/"
+             "evaluation/data")
+BENCHMARKS = {   # name: (URL of a fixed commit, problems), in the order of Table 2
+    "aime24": (f"{QWEN_MATH}/aime24/test.jsonl", 30), "amc23": (f"{QWEN_MATH}/amc23/test.jsonl", 40),
+    "math500": ("https://raw.githubusercontent.com/rasbt/reasoning-from-scratch/"
+                "f79c9cd0ae7d824aa4e9a9bc2ca4a85167f81958/ch03/01_main-chapter-code/math500_test.json", 500),
+    "minerva": (f"{QWEN_MATH}/minerva_math/test.jsonl", 272),
+    "olympiadbench": (f"{QWEN_MATH}/olympiadbench/test.jsonl", 675)}
+DOWNLOADS = BENCHMARKS | {"math": (MATH_URL, None)}    # one JSON list: it cannot be cut unnoticed
 EMBEDDED = {TINY: "math", TINY / "stack": f"{TINY / 'stack_machine.py'}:program_reward"}    # folder: reward
 DEFAULTS = {   # flag: (embedded model, real model = the paper's 0.5B settings, App. 7.3)
-    "data": ("its train.jsonl", "math"), "eval_data": ("its test.jsonl", "a tenth of --data, held out"),
-    "reward": ("its own", "math"), "eval_size": (500, 200), "steps": (150, 105), "batch_size": (32, 32),
+    "data": ("its train.jsonl", "math"), "reward": ("its own", "math"),
+    "eval_data": ("its test.jsonl", "a tenth of --data, held out, or with --eval-only the five benchmarks"),
+    "eval_size": (500, 200), "steps": (150, 105), "batch_size": (32, 32),
     "minibatch_size": (32, 16), "micro_batch_tokens": (16384, 16384), "lr": (1e-4, 5e-7), "max_new_tokens": (64, 2500),
     "kl_coef": (0.0, 1e-4), "max_sequences": (1024, 128), "eval_every": (50, 20), "save_every": (25, 5),
     "delta_every": (1, 10), "gradient_checkpointing": (False, True)}
@@ -81,9 +92,11 @@ def build_parser():
     add = adder(parser.add_argument_group("model and data"))
     add("--model", default=str(TINY), help="Hugging Face id or local folder (default: the embedded model in tiny/)")
     add("--data", help='JSON or JSONL file, or "math": MATH without MATH-500, levels 3-5')
-    add("--eval-data", help="file for greedy evaluation; with --data alone, a tenth of it is held out")
+    add("--eval-data", help=f"files or benchmarks ({', '.join(BENCHMARKS)}) for greedy evaluation, with commas "
+        "between them; with --data alone, a tenth of it is held out")
     add("--reward", help='"math" (reward.py), or FILE.py:FUNCTION, called with the response and the answer, 1 if right')
-    add("--eval-size", type=int, help="most problems per evaluation: the first of --eval-data")
+    add("--eval-size", type=int, help="most problems per evaluation: the first of each file of --eval-data; with "
+        "--eval-only all, unless the flag is given")
     add = adder(parser.add_argument_group("method (Eq. 7, Eq. 8, Algorithm 1)"))
     add("--method", default="nthr", choices=["nthr", "grpo", "pos-only", "random"], help="nthr: Algorithm 1; grpo: "
         "Eq. 1 alone; pos-only: no negative advantages (§3); random: as many random tokens as NTHR selects (§5.3)")
@@ -109,7 +122,9 @@ def build_parser():
     add("--nll-coef", type=float, default=0.0, help="weight of the NLL of correct responses (App. 7.8)")
     add("--max-grad-norm", type=float, default=1.0, help="gradient norm is clipped to this")
     add = adder(parser.add_argument_group("running"))
-    add("--out", help="output folder (default: runs/MODEL-METHOD-seedSEED)")
+    add("--out", help="output folder (default: runs/MODEL-METHOD-seedSEED, or runs/MODEL-eval)")
+    add("--eval-only", action="store_true", help="no training: evaluate --model, print a table like Table 2 and write "
+        "answers.jsonl")
     add("--resume", nargs="?", const=True, help="continue the run in this folder (or in --out) with its own flags")
     add("--eval-every", type=int, help="steps between greedy evaluations (0: only first and last)")
     add("--save-every", type=int, help="steps between checkpoints (0: only first and last)")
@@ -129,8 +144,16 @@ def parse_args(argv=None):
     parser.set_defaults(**defaults_of(args.model))
     if args.data:
         parser.set_defaults(eval_data=None)                                    # evaluate on the same kind of problems
+    if args.eval_only:
+        if args.resume:
+            fail("--eval-only evaluates a model, not a run: pass --model FOLDER/checkpoint instead of --resume FOLDER")
+        if args.data and not args.eval_data:
+            fail(f"--eval-only does not read --data: pass --eval-data {args.data}")
+        parser.set_defaults(eval_data=parser.get_default("eval_data") or ",".join(BENCHMARKS), eval_size=sys.maxsize)
     out = args.resume if isinstance(args.resume, str) else args.out
-    out = out or f"runs/{Path(args.model).resolve().name}-{args.method}-seed{args.seed}"
+    folder = Path(args.model).resolve()
+    name = folder.parent.name if args.eval_only and folder.name == "checkpoint" else folder.name
+    out = out or f"runs/{name}-" + ("eval" if args.eval_only else f"{args.method}-seed{args.seed}")
     if args.resume:
         if not find_checkpoint(out) or not (Path(out) / "config.json").is_file():
             fail(f"--resume: {out} is no folder with a checkpoint: name the run's folder, or start without --resume")
@@ -145,7 +168,9 @@ def parse_args(argv=None):
         if str(getattr(args, name)) != str(recorded[name]):
             fail(f"--resume continues with the run's own flags, but --{name.replace('_', '-')} {getattr(args, name)} "
                  f"is not its {recorded[name]}: leave the flag out, or start a new run")
-    if not args.resume and (find_checkpoint(out) or (Path(out) / "metrics.jsonl").exists()):
+    if args.eval_only and (Path(out) / "answers.jsonl").exists():
+        fail(f"{out}/answers.jsonl holds the answers of an earlier evaluation: move it away, or choose another --out")
+    if not args.resume and not args.eval_only and (find_checkpoint(out) or (Path(out) / "metrics.jsonl").exists()):
         fail(f"{args.out} already holds a run: continue it with --resume {args.out}, or choose another --out")
     check(args)
     return args
@@ -213,28 +238,36 @@ def load_reward(source):
     return lambda response, answer: float(function(response, answer) == 1)
 
 
+def download(name):
+    """The file of a data set in `DOWNLOADS`: fetched once into torch.hub's folder, and kept only if it is whole."""
+    url, expected = DOWNLOADS[name]
+    path = Path(torch.hub.get_dir()) / "nthr" / Path(url.replace("/test.jsonl", ".jsonl")).name
+    if not path.is_file():
+        print(f"downloading {url}")
+        part = path.with_suffix(".part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(part))
+            found = len(load_problems(str(part)))                              # a cut connection raises nothing
+            if expected and found != expected:
+                raise OSError(f"{found} problems came, not {expected}")
+            part.replace(path)
+        except (OSError, HTTPException, SystemExit) as error:
+            reason = str(error).removeprefix("error: ")
+            fail(f"{name} is downloaded once, which failed ({reason}): try again, or put the file of {url} at {path}")
+    return path
+
+
 def load_problems(source):
-    r"""[{"problem": str, "answer": str}] from a JSON list or JSONL file, or "math" (downloaded once, levels 3-5).
+    r"""[{"problem": str, "answer": str}] from a JSON list or JSONL file, or a name in `DOWNLOADS` ("math": levels 3-5).
 
     problem: the field `problem` or `question`. answer: `answer`, else `final_answer` (text, a number or a list),
     else the last \boxed{} of `solution`. Exits with the line or item that cannot be used."""
-    path = Path(source)
-    if source == "math":
-        path = Path(torch.hub.get_dir()) / "nthr" / Path(MATH_URL).name
-        if not path.is_file():
-            print(f"downloading {MATH_URL}")
-            part = path.with_suffix(".part")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                torch.hub.download_url_to_file(MATH_URL, str(part))
-                json.loads(part.read_text(encoding="utf-8"))                   # a cut connection raises nothing
-                part.replace(path)
-            except (OSError, ValueError, HTTPException) as error:
-                fail(f"--data math is downloaded once, which failed ({error}): try again, or put the file at {path}")
+    path = download(source) if source in DOWNLOADS else Path(source)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        fail(f"cannot read the data file {path}: {error}")
+        fail(f"cannot read the data file {path}: {error} (data sets with a name: {', '.join(DOWNLOADS)})")
 
     def parse(json_text, first_line):
         try:
@@ -275,16 +308,28 @@ def answer_text(value):
     return str(value).strip() if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
 
 
+def load_eval_data(args):
+    """The first --eval-size problems of each source in --eval-data, which becomes their "benchmark".
+
+    In the order of Table 2; files follow, in the order given. A source that is given twice counts once."""
+    sources, known = [source.strip() for source in args.eval_data.split(",")], list(DOWNLOADS)
+    if "" in sources:
+        fail(f"--eval-data {args.eval_data}: expected names or files separated by single commas")
+    sources.sort(key=lambda source: known.index(source) if source in known else len(known))
+    return [{"benchmark": source, **row} for source in dict.fromkeys(sources)
+            for row in load_problems(source)[:args.eval_size]]
+
+
 def load_data(args):
     """Training and evaluation problems. Without --eval-data a tenth of --data is held out, at most --eval-size."""
     problems = load_problems(args.data)
     if args.eval_data:
-        return problems, load_problems(args.eval_data)[:args.eval_size]
+        return problems, load_eval_data(args)
     if len(problems) < 2:
         fail(f"{args.data} has one problem only, so none can be held out for evaluation: pass --eval-data")
     held_out = max(1, min(args.eval_size, len(problems) // 10))
     shuffled = [problems[i] for i in np.random.default_rng(0).permutation(len(problems))]
-    return shuffled[held_out:], shuffled[:held_out]
+    return shuffled[held_out:], [{"benchmark": args.data, **row} for row in shuffled[:held_out]]
 
 
 def load(auto_class, name, **options):
@@ -521,16 +566,71 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 
-def evaluate(model, tokenizer, problems, prompts, args, step):
-    """Greedy accuracy on `problems`; the first five responses go to samples.jsonl."""
-    with precision(args):
+def greedy_answers(model, tokenizer, problems, prompts, args):
+    """The rows of `problems`, in their order, each with its greedy "response", "reward" and "finished"."""
+    with precision(args):                                                      # generate sorts them by length
         rollout = generate(model, tokenizer, prompts, 1, args.max_new_tokens, 0.0, max_sequences=args.max_sequences)
     checker = load_reward(args.reward)
-    rewards = [checker(text, row["answer"]) for text, row in zip(rollout.texts, problems)]
-    append(args, "samples.jsonl", [
-        {"step": step, **row, "response": text, "reward": reward, "finished": finished} for row, text, reward, finished
-        in zip(problems[:5], rollout.texts, rewards, rollout.finished.tolist())])
-    return sum(rewards) / len(rewards)
+    return [{**row, "response": text, "reward": checker(text, row["answer"]), "finished": finished}
+            for row, text, finished in zip(problems, rollout.texts, rollout.finished.tolist())]
+
+
+def by_benchmark(answers, field):
+    """{benchmark: the values of a field of its answers}, in the order of the answers."""
+    values = {}
+    for row in answers:
+        values.setdefault(row["benchmark"], []).append(row[field])
+    return values
+
+
+def average_accuracy(answers):
+    """The share of right answers by benchmark, and the mean of these shares, whatever the benchmarks' sizes."""
+    accuracy = {name: sum(rewards) / len(rewards) for name, rewards in by_benchmark(answers, "reward").items()}
+    return accuracy, sum(accuracy.values()) / len(accuracy)
+
+
+def evaluate(model, tokenizer, problems, prompts, args, step):
+    """Greedy accuracy: {"eval_accuracy"}, the mean over the benchmarks, and with several also "eval_by_benchmark".
+
+    Printed, too; the first five answers go to samples.jsonl."""
+    answers = greedy_answers(model, tokenizer, problems, prompts, args)
+    append(args, "samples.jsonl", [{"step": step, **row} for row in answers[:5]])
+    accuracy, average = average_accuracy(answers)
+    each = f" ({', '.join(f'{name} {share:.1%}' for name, share in accuracy.items())})" if len(accuracy) > 1 else ""
+    tqdm.write(f"step {step}: greedy accuracy {average:.1%} on {len(answers)} problems{each}")
+    return {"eval_accuracy": average} | ({"eval_by_benchmark": accuracy} if each else {})
+
+
+def accuracy_table(answers):
+    """Lines of text: a row per benchmark and the average, in percent with one and with two decimals as in Table 2.
+
+    The average is that of the rounded rows, as the paper's are (all multiples of 0.02), each with the same weight."""
+    finished = by_benchmark(answers, "finished")
+    rows = [(name, len(finished[name]), f"{100 * share:.1f}", finished[name].count(False))
+            for name, share in average_accuracy(answers)[0].items()]
+    average = sum(float(row[2]) for row in rows) / len(rows)
+    rows.append(("average", len(answers), f"{average:.2f}", sum(row[3] for row in rows)))
+    width = max(len(row[0]) for row in rows)
+    return [f"{name:<{width}}  {problems:>8}  {percent:>10}  {truncated:>9}" for name, problems, percent, truncated in
+            [("benchmark", "problems", "accuracy %", "truncated"), *rows]]
+
+
+def evaluate_only(args):
+    """Greedy answers of --model to all of --eval-data: a table, and answers.jsonl in args.out."""
+    tokenizer = load(AutoTokenizer, args.model)                                # first: a misspelt id is found at once
+    problems = load_eval_data(args)
+    model = load_model(args.model, args.device)
+    prompts = encode_prompts(problems, tokenizer, model, args.max_new_tokens, args.reward)
+    temporary, final = (Path(args.out) / name for name in ("answers.tmp", "answers.jsonl"))
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()                                                      # found out before the work, not after it
+    except OSError as error:
+        fail(f"--out {args.out} cannot be used as a folder: {error}")
+    answers = greedy_answers(model, tokenizer, problems, prompts, args)
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in answers), encoding="utf-8")
+    temporary.replace(final)
+    print(*accuracy_table(answers), f"all answers are in {final}", sep="\n")
 
 
 def append(args, name, rows):
@@ -584,6 +684,8 @@ def restore(optimizer, checkpoint, args):
 
 def train(args):
     """Set up, then Algorithm 1 step by step. Everything goes to args.out."""
+    if args.eval_only:
+        return evaluate_only(args)
     checkpoint = find_checkpoint(args.out) if args.resume else None
     tokenizer = load(AutoTokenizer, checkpoint or args.model)                  # first: a misspelt id is found at once
     problems, eval_problems = load_data(args)
@@ -615,9 +717,8 @@ def train(args):
         save_checkpoint(model, tokenizer, optimizer, state, args)
     if state["step"] == 0 and not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text()):
         (out / "samples.jsonl").unlink(missing_ok=True)                        # of an evaluation that was cut short
-        accuracy = evaluate(model, tokenizer, eval_problems, eval_prompts, args, 0)
-        append(args, "metrics.jsonl", [{"step": 0, "eval_accuracy": accuracy}])
-        print(f"step 0: greedy accuracy {accuracy:.1%} on {len(eval_problems)} problems")
+        metrics = evaluate(model, tokenizer, eval_problems, eval_prompts, args, 0)
+        append(args, "metrics.jsonl", [{"step": 0, **metrics}])
 
     interrupted, diverged = [], False
 
@@ -645,8 +746,7 @@ def train(args):
         state["step"], diverged = step, state["nonfinite"] >= 3
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             with timer("evaluation"):
-                metrics["eval_accuracy"] = evaluate(model, tokenizer, eval_problems, eval_prompts, args, step)
-            tqdm.write(f"step {step}: greedy accuracy {metrics['eval_accuracy']:.1%}")
+                metrics |= evaluate(model, tokenizer, eval_problems, eval_prompts, args, step)
         metrics["tokens_per_second"] = metrics.pop("tokens") / timer["data_generation"]
         metrics = {"step": step, **NOT_MEASURED, **metrics, "seconds": timer, "peak_memory_gib": peak_memory()}
         append(args, "metrics.jsonl", [metrics])
@@ -675,4 +775,4 @@ if __name__ == "__main__":
     except FloatingPointError as error:
         fail(error)
     except KeyboardInterrupt:
-        fail("interrupted before the first step")
+        fail("interrupted before there was a result")

@@ -244,7 +244,7 @@ def check_flags(folder, wanted):
         recorded = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    for name in sorted(set(wanted) - {"out", "resume", "seed"}):
+    for name in sorted(set(wanted) - {"out", "resume", "seed", "eval_only"}):
         if str(recorded.get(name)) != str(wanted[name]):
             train.fail(f"{folder} is a run with --{name.replace('_', '-')} {recorded.get(name)}, but {wanted[name]} is "
                        f"asked for now: choose another --out, or delete that folder")
@@ -347,8 +347,8 @@ def main(argv=None):
     began = time.perf_counter()
     args, flags = parse_args(argv)
     plain = train.parse_args([*flags, f"--out={args.out}"])                    # checked by train.py itself
-    if plain.resume or any(flag.split("=")[0] == "--method" for flag in flags):
-        train.fail("--method and --resume are set for each run: leave them out")
+    if plain.resume or plain.eval_only or any(flag.split("=")[0] == "--method" for flag in flags):
+        train.fail("--method and --resume are set for each run, and --eval-only trains none: leave them out")
     if "clip" in args.tables and plain.batch_size % 4:
         train.fail(f"the table clip takes up to 4 updates a step: --batch-size must be a multiple of 4, got "
                    f"{plain.batch_size}")

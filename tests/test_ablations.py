@@ -247,6 +247,8 @@ def test_half_finished_runs_are_resumed_and_torn_ones_started_again(stand_in):
     (torn / "metrics.jsonl").write_text('{"step": 0, "eval')                   # before any checkpoint
     (torn / "leftover").write_text("of the first try")
     (bare / "config.json").unlink()                                            # a checkpoint alone is not enough
+    config = json.loads((cut / "config.json").read_text())                     # of a version that had no such flag
+    (cut / "config.json").write_text(json.dumps({key: config[key] for key in config if key != "eval_only"}))
     (bare / "checkpoint").mkdir()
     ablate("--tables", "methods", "--seeds", 1)
     started = dict(calls(stand_in))
@@ -337,7 +339,7 @@ def test_the_defaults_of_the_embedded_model_are_the_documented_ones():
 
 @pytest.mark.parametrize("flags, words", [
     (("--seeds", 0), "--seeds must be at least 1, got 0"), (("--jobs", 0), "--jobs must be at least 1, got 0"),
-    (("--method", "grpo"), "--method and --resume are set for each run"),
+    (("--method", "grpo"), "--method and --resume are set for each run"), (("--eval-only",), "--eval-only trains none"),
     (("--batch-size", 6, "--minibatch-size", 3), "--batch-size must be a multiple of 4, got 6"),
     (("--lr", -1), "--lr must be"), (("--reward", "nothing"), "--reward"), (("--seed", -1), "--seed must be"),
     (("--micro-batch-tokens", 0), "--micro-batch-tokens must be at least 1")])
