@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import runpy
 import shutil
 import signal
@@ -26,16 +27,17 @@ import numpy as np
 import torch
 from huggingface_hub.utils import enable_progress_bars
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from grpo import (check_head, group_advantages, grpo_loss, likelihood_change, pos_only, random_selection,
-                  response_logprobs, token_weights)
+from grpo import (LOGITS_AT_ONCE, check_head, group_advantages, grpo_loss, likelihood_change, pos_only,
+                  random_selection, response_logprobs, token_weights)
 from nthr import nthr_advantages, nthr_eta
 from reward import extract_answer, math_reward
-from rollout import INSTRUCTION, concatenate, encode_prompt, generate
+from rollout import BUCKET, INSTRUCTION, concatenate, encode_prompt, generate
 
 # Shapes: Q questions, G responses each, B = Q·G rows (the G of a question consecutive), K kept questions, T tokens
+RUNTIME = 0.6 * 2 ** 30    # bytes that Python and its libraries take on a CPU
 TINY = Path(__file__).resolve().parent / "tiny"
 MATH_URL = ("https://raw.githubusercontent.com/rasbt/math_full_minus_math500/"
             "1636438eae81f1a7179de613f1c4aa52782b3a18/math_full_minus_math500.json")
@@ -58,6 +60,12 @@ DEFAULTS = {   # flag: (embedded model, real model = the paper's 0.5B settings, 
     "delta_every": (1, 10), "gradient_checkpointing": (False, True)}
 MAY_CHANGE_ON_RESUME = ("steps", "eval_every", "save_every", "device", "out", "micro_batch_tokens", "max_sequences",
                         "gradient_checkpointing")
+LOWERS_MEMORY = {   # phase: what to do when it runs out of memory; none of these flags changes the objective
+    "loading": "choose a smaller --model, or leave the reference model out with --kl-coef 0",
+    "data_generation": "lower --max-sequences", "evaluation": "lower --max-sequences",
+    "old_probabilities": "lower --micro-batch-tokens", "reference": "lower --micro-batch-tokens",
+    "nthr": "lower --micro-batch-tokens", "likelihood_change": "lower --micro-batch-tokens",
+    "model_update": "lower --micro-batch-tokens, with --gradient-checkpointing"}
 NOT_MEASURED = dict.fromkeys(("tau", "eta", "selected_share", "updates", "loss", "clip_share", "kl", "nll", "grad_norm",
                               "ratio_deviation", "delta_mean", "delta_nonpositive_share", "eval_accuracy"))
 
@@ -332,13 +340,31 @@ def load_data(args):
     return shuffled[held_out:], [{"benchmark": args.data, **row} for row in shuffled[:held_out]]
 
 
+class OutOfMemory(Exception):
+    pass
+
+
+@contextmanager
+def memory_for(phase):
+    """Turn the device's running out of memory into an `OutOfMemory` that says where, and which flags to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:                               # the CPU's allocator has no class of its own
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        raise OutOfMemory(f"out of memory in {phase}: {LOWERS_MEMORY[phase]}") from None
+
+
 def load(auto_class, name, **options):
     """from_pretrained of a Hugging Face id or folder, or one line; no code that comes with a model is run."""
     transformers_logging.disable_progress_bar()                                # of weights read from disk,
     enable_progress_bars()                                                     # but not of downloads
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)               # its retries are not news, their end is
     try:
-        return auto_class.from_pretrained(name, trust_remote_code=False, **options)
+        with memory_for("loading"):
+            return auto_class.from_pretrained(name, trust_remote_code=False, **options)
+    except OutOfMemory:
+        raise
     except Exception as error:                                                 # whatever a stranger's files can raise
         fail(f"cannot load the model {name}: {' '.join(str(error).split())[:300]} (expected a Hugging Face id, or a "
              f"folder with config.json, safetensors weights and a tokenizer)")
@@ -355,12 +381,13 @@ def load_model(name, device, dtype=torch.float32):
         check_head(model)
     except ValueError as error:
         fail(f"{name}: {error}")
-    return model.to(device).eval()
+    with memory_for("loading"):
+        return model.to(device).eval()
 
 
-def encode_prompts(problems, tokenizer, model, max_new_tokens, reward="math"):
+def encode_prompts(problems, tokenizer, config, max_new_tokens, reward="math"):
     """Token ids of each problem, with the instruction to box the answer if that is what the reward reads."""
-    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
     prompts = [encode_prompt(tokenizer, row["problem"], INSTRUCTION if reward == "math" else "") for row in problems]
     longest = max(prompts, key=len)
     if not min(prompts, key=len):
@@ -383,7 +410,8 @@ class Timer(dict):
     @contextmanager
     def __call__(self, phase):
         start = time.perf_counter()
-        yield
+        with memory_for(phase):
+            yield
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         self[phase] = self.get(phase, 0.0) + time.perf_counter() - start
@@ -555,6 +583,60 @@ def step_likelihood_change(model, rollout, rewards, old, args):
     return {"delta_mean": delta.mean().item(), "delta_nonpositive_share": (delta <= 0).float().mean().item()}
 
 
+def estimate_memory(config, args, prompt_length):
+    """Bytes at the peak, from the shapes alone, if every response took --max-new-tokens: ({part: bytes}, {phase: bytes}).
+
+    "activations" counts what a decoder layer with a gated MLP saves for its backward pass: of one layer at a time, plus
+    each layer's input, with gradient checkpointing. "logits" is `grpo.LOGITS_AT_ONCE`, four times in float32."""
+    with torch.device("meta"):                                                 # shapes without memory
+        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+    text = config.get_text_config()
+    layers, d, heads = text.num_hidden_layers, text.hidden_size, text.num_attention_heads
+    size = getattr(text, "head_dim", None) or d // heads
+    kv = 2 * size * (getattr(text, "num_key_value_heads", None) or heads)
+    inner = getattr(text, "intermediate_size", None) or 4 * d
+    half, compute = args.dtype == "bfloat16", 2 if args.dtype == "bfloat16" else 4
+    length = prompt_length + args.max_new_tokens
+    slots = min(args.max_sequences, max(args.batch_size * args.group_size, args.eval_size))
+    rows = args.minibatch_size * args.group_size
+    tokens = min(rows * length, max(args.micro_batch_tokens, length))
+    # saved per token: six float32 tensors of the two norms, the projections and rotations, gate, up and their product
+    layer = tokens * (24 * d + compute * (2 * d + 4 * heads * size + 2 * kv + 4 * inner))
+    parts = {
+        "weights": 4 * parameters, "gradients": 4 * parameters, "AdamW": 8 * parameters,
+        "reference": compute * parameters if args.kl_coef else 0,
+        "bfloat16 copy": 2 * parameters if half else 0,                        # what autocast keeps while it is entered
+        "KV cache": slots * (length + BUCKET) * layers * kv * compute, "sampling logits": slots * text.vocab_size * 16,
+        "hidden states": rows * args.max_new_tokens * d * compute if args.method in ("nthr", "random") else 0,
+        "activations": layer + tokens * layers * d * 4 if args.gradient_checkpointing else layer * layers,
+        "logits": 16 * min(LOGITS_AT_ONCE, tokens * text.vocab_size)}
+    kept = parts["weights"] + parts["AdamW"] + parts["reference"] + parts["bfloat16 copy"]
+    kept += 0 if args.device.startswith("cuda") else RUNTIME
+    return parts, {"sampling": kept + parts["KV cache"] + parts["sampling logits"],
+                   "old probabilities": kept + parts["hidden states"] + layer + parts["logits"],
+                   "update": kept + parts["gradients"] + parts["activations"] + parts["logits"]}
+
+
+def device_memory(device):
+    """Bytes of the device, or None where that is not known."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if device == "cpu" else None
+    except (AttributeError, ValueError):                                       # Windows
+        return None
+
+
+def announce_memory(config, args, prompt_length):
+    """Print the estimated peak of each phase; warn if one exceeds the device."""
+    phases, available = estimate_memory(config, args, prompt_length)[1], device_memory(args.device)
+    shown = ", ".join(f"{need / 2 ** 30:.1f} GiB in {phase}" for phase, need in phases.items())
+    print(f"memory, estimated for responses of {args.max_new_tokens} tokens: {shown}")
+    if available and max(phases.values()) > available:
+        print(f"warning: {args.device} has {available / 2 ** 30:.1f} GiB; lower --max-sequences (sampling) or "
+              f"--micro-batch-tokens (update), or leave out the reference model (--kl-coef 0)", file=sys.stderr)
+
+
 def peak_memory():
     """Peak GiB so far: of the GPU's allocator if one is in use, else resident; None on Windows."""
     if torch.cuda.is_initialized():
@@ -620,14 +702,15 @@ def evaluate_only(args):
     tokenizer = load(AutoTokenizer, args.model)                                # first: a misspelt id is found at once
     problems = load_eval_data(args)
     model = load_model(args.model, args.device)
-    prompts = encode_prompts(problems, tokenizer, model, args.max_new_tokens, args.reward)
+    prompts = encode_prompts(problems, tokenizer, model.config, args.max_new_tokens, args.reward)
     temporary, final = (Path(args.out) / name for name in ("answers.tmp", "answers.jsonl"))
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()                                                      # found out before the work, not after it
     except OSError as error:
         fail(f"--out {args.out} cannot be used as a folder: {error}")
-    answers = greedy_answers(model, tokenizer, problems, prompts, args)
+    with memory_for("evaluation"):
+        answers = greedy_answers(model, tokenizer, problems, prompts, args)
     temporary.write_text("".join(json.dumps(row) + "\n" for row in answers), encoding="utf-8")
     temporary.replace(final)
     print(*accuracy_table(answers), f"all answers are in {final}", sep="\n")
@@ -689,6 +772,10 @@ def train(args):
     checkpoint = find_checkpoint(args.out) if args.resume else None
     tokenizer = load(AutoTokenizer, checkpoint or args.model)                  # first: a misspelt id is found at once
     problems, eval_problems = load_data(args)
+    config = load(AutoConfig, checkpoint or args.model)
+    prompts, eval_prompts = (encode_prompts(rows, tokenizer, config, args.max_new_tokens, args.reward)
+                             for rows in (problems, eval_problems))
+    announce_memory(config, args, max(map(len, prompts)))
     model = load_model(checkpoint or args.model, args.device)
     if args.method in ("nthr", "random") and getattr(model.get_output_embeddings(), "bias", None) is not None:
         fail(f"{args.model} adds a bias to its logits; Eq. 7 needs softmax(W h): choose another model or --method grpo")
@@ -696,8 +783,6 @@ def train(args):
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # old name
         enable({"use_reentrant": False})
     reference = load_model(args.model, args.device, getattr(torch, args.dtype)) if args.kl_coef else None
-    prompts = encode_prompts(problems, tokenizer, model, args.max_new_tokens, args.reward)
-    eval_prompts = encode_prompts(eval_problems, tokenizer, model, args.max_new_tokens, args.reward)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     state = {"step": 0, "position": 0, "nonfinite": 0}
     out = Path(args.out)
@@ -717,7 +802,8 @@ def train(args):
         save_checkpoint(model, tokenizer, optimizer, state, args)
     if state["step"] == 0 and not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text()):
         (out / "samples.jsonl").unlink(missing_ok=True)                        # of an evaluation that was cut short
-        metrics = evaluate(model, tokenizer, eval_problems, eval_prompts, args, 0)
+        with memory_for("evaluation"):
+            metrics = evaluate(model, tokenizer, eval_problems, eval_prompts, args, 0)
         append(args, "metrics.jsonl", [{"step": 0, **metrics}])
 
     interrupted, diverged = [], False
@@ -729,37 +815,50 @@ def train(args):
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
-    delta = math.nan                                                           # the last one measured
+    delta, complete, shortage = math.nan, dict(state), None                    # Δ last measured, state of the last step
     bar = tqdm(range(state["step"] + 1, args.steps + 1), initial=state["step"], total=args.steps, desc=args.method)
-    for step in bar:
-        timer = Timer()
-        with timer("data_generation"):                                         # y_i ~ π_old, r_i, mixed groups only
-            rollout, rewards, metrics, state["position"] = sample_groups(
-                model, tokenizer, problems, prompts, args, step, state["position"])
-        if len(rewards):
-            old, ref, advantages, nthr_metrics = old_policy_pass(model, reference, rollout, rewards, args, step, timer)
-            with timer("model_update"):                                        # Eq. 1 with Algorithm 1's advantages
-                metrics |= update(model, optimizer, rollout, rewards, old, ref, advantages, args, state) | nthr_metrics
-            if args.delta_every and step % args.delta_every == 0:
-                with timer("likelihood_change"):                               # Eq. 2
-                    metrics |= step_likelihood_change(model, rollout, rewards, old, args)
-        state["step"], diverged = step, state["nonfinite"] >= 3
-        if step == args.steps or (args.eval_every and step % args.eval_every == 0):
-            with timer("evaluation"):
-                metrics |= evaluate(model, tokenizer, eval_problems, eval_prompts, args, step)
-        metrics["tokens_per_second"] = metrics.pop("tokens") / timer["data_generation"]
-        metrics = {"step": step, **NOT_MEASURED, **metrics, "seconds": timer, "peak_memory_gib": peak_memory()}
-        append(args, "metrics.jsonl", [metrics])
-        delta = delta if metrics["delta_mean"] is None else metrics["delta_mean"]
-        bar.set_postfix({"success": f"{metrics['success_rate']:.2f}", "Δ": f"{delta:.2f}",
-                         "tok/s": f"{metrics['tokens_per_second']:.0f}"})
-        stopping = step == args.steps or interrupted or diverged
-        if stopping or (args.save_every and step % args.save_every == 0):
-            state["nonfinite"] = 0 if diverged else state["nonfinite"]         # a resumed run may try again
-            save_checkpoint(model, tokenizer, optimizer, state, args)
-        if interrupted or diverged:
-            break
+    try:
+        for step in bar:
+            timer = Timer()
+            with timer("data_generation"):                                     # y_i ~ π_old, r_i, mixed groups only
+                rollout, rewards, metrics, state["position"] = sample_groups(
+                    model, tokenizer, problems, prompts, args, step, state["position"])
+            if len(rewards):
+                old, ref, advantages, nthr_metrics = old_policy_pass(
+                    model, reference, rollout, rewards, args, step, timer)
+                with timer("model_update"):                                    # Eq. 1 with Algorithm 1's advantages
+                    metrics |= update(model, optimizer, rollout, rewards, old, ref, advantages, args, state)
+                metrics |= nthr_metrics
+                if args.delta_every and step % args.delta_every == 0:
+                    with timer("likelihood_change"):                           # Eq. 2
+                        metrics |= step_likelihood_change(model, rollout, rewards, old, args)
+            if step == args.steps or (args.eval_every and step % args.eval_every == 0):
+                with timer("evaluation"):
+                    metrics |= evaluate(model, tokenizer, eval_problems, eval_prompts, args, step)
+            state["step"], diverged = step, state["nonfinite"] >= 3
+            metrics["tokens_per_second"] = metrics.pop("tokens") / timer["data_generation"]
+            metrics = {"step": step, **NOT_MEASURED, **metrics, "seconds": timer, "peak_memory_gib": peak_memory()}
+            append(args, "metrics.jsonl", [metrics])
+            delta = delta if metrics["delta_mean"] is None else metrics["delta_mean"]
+            bar.set_postfix({"success": f"{metrics['success_rate']:.2f}", "Δ": f"{delta:.2f}",
+                             "tok/s": f"{metrics['tokens_per_second']:.0f}"})
+            stopping = step == args.steps or interrupted or diverged
+            if stopping or (args.save_every and step % args.save_every == 0):
+                state["nonfinite"] = 0 if diverged else state["nonfinite"]     # a resumed run may try again
+                save_checkpoint(model, tokenizer, optimizer, state, args)
+            complete = dict(state)
+            if interrupted or diverged:
+                break
+    except OutOfMemory as error:
+        shortage = str(error)                                                  # not the error: it holds the tensors
     bar.close()
+    if shortage:
+        rollout = old = ref = advantages = None
+        optimizer.zero_grad(set_to_none=True)
+        if complete["step"]:                                                   # else nothing was trained yet
+            save_checkpoint(model, tokenizer, optimizer, complete, args)
+        fail(f"{shortage}; steps up to {complete['step']} are saved: continue with python train.py --resume {args.out} "
+             f"and the lower value")
     if diverged:
         fail(f"three updates in a row had a non-finite loss or gradient; the last good weights are in "
              f"{args.out}/checkpoint: start again from there with a lower --lr")
@@ -772,7 +871,7 @@ def train(args):
 if __name__ == "__main__":
     try:
         train(parse_args())
-    except FloatingPointError as error:
+    except (FloatingPointError, OutOfMemory) as error:
         fail(error)
     except KeyboardInterrupt:
         fail("interrupted before there was a result")

@@ -91,7 +91,8 @@ def load(args):
     model = train.load_model(args.model, args.device)
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         train.fail(f"{args.model} adds a bias to its logits; Eq. 7 needs softmax(W h): choose another model")
-    return model, tokenizer, problems, train.encode_prompts(problems, tokenizer, model, args.max_new_tokens, args.reward)
+    prompts = train.encode_prompts(problems, tokenizer, model.config, args.max_new_tokens, args.reward)
+    return model, tokenizer, problems, prompts
 
 
 def to_float64(model):

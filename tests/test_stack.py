@@ -244,7 +244,7 @@ def test_only_the_math_reward_asks_for_a_box(tmp_path):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(STACK), AutoTokenizer.from_pretrained(STACK)
     tokenizer.chat_template = None                                             # the embedded one drops instructions
     rows = [{"problem": "a-b", "answer": GOLD}]
-    texts = [tokenizer.decode(train.encode_prompts(rows, tokenizer, model, 64, reward)[0])
+    texts = [tokenizer.decode(train.encode_prompts(rows, tokenizer, model.config, 64, reward)[0])
              for reward in ("math", f"{tmp_path / 'mine.py'}:short")]
     assert "boxed" in texts[0] and texts[1] == "Question: a-b\nAnswer:"
 

@@ -440,7 +440,7 @@ def test_the_logged_likelihood_change_is_that_of_full_logits_before_and_after_th
     models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (ROOT / "tiny", step() / "checkpoint")]
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny")
     problems = train.load_problems(args.data)
-    prompts = train.encode_prompts(problems, tokenizer, models[0], args.max_new_tokens)
+    prompts = train.encode_prompts(problems, tokenizer, models[0].config, args.max_new_tokens)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)                                                   # as run_here: the same samples
     sample, rewards, _, _ = train.sample_groups(models[0], tokenizer, problems, prompts, args, 1, 0)
