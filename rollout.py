@@ -142,7 +142,7 @@ class _Slots(Cache):
         repeat = torch.tensor([distinct.index(q) for q in repeat], device=model.device)
         cache = DynamicCache()                                                 # without config: sliding layers whole
         logits = model(input_ids=ids, attention_mask=mask.long(), position_ids=(mask.long().cumsum(1) - 1).clamp(min=0),
-                       past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+                       past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]          # (q, V)
         sources = [mask[:, None, :, None]]                                     # DynamicCache keeps float32 in autocast
         sources += [x.to(logits.dtype) for layer in cache.layers for x in (layer.keys, layer.values)]
         P, new = mask.shape[1], slice(self.rows, self.rows + len(repeat))
@@ -158,13 +158,12 @@ class _Slots(Cache):
         return logits[repeat]
 
     def remove(self, done):
-        """Free the slots of rows done (R,) bool. Returns (holes, movers): the rows `movers` are now at `holes`."""
+        """Free the slots of rows done (R,) bool. Returns which row each slot holds now, an index of the R before."""
         self.rows -= int(done.sum())
-        holes = done[:self.rows].nonzero()[:, 0]
-        movers = self.rows + (~done[self.rows:]).nonzero()[:, 0]
+        holes, movers = done[:self.rows].nonzero()[:, 0], self.rows + (~done[self.rows:]).nonzero()[:, 0]
         for buffer in self.buffers:
             buffer[holes, :, :self.columns] = buffer[movers, :, :self.columns]
-        return holes, movers
+        return torch.arange(self.rows, device=done.device).index_copy(0, holes, movers)
 
     def extend(self, waiting):
         """One more column for the next token of each row. Returns the attention mask (R, columns)."""
@@ -186,9 +185,8 @@ def _decode(model, prompts, group_size, pad_id, slots, max_new_tokens, temperatu
     Returns tokens and logprobs (B, max_new_tokens), lengths and finished (B,)."""
     device, B = model.device, len(prompts) * group_size
     cache = _Slots(min(slots, B))
-    tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
-    logprobs, lengths = torch.zeros(B, max_new_tokens, device=device), torch.zeros(B, dtype=torch.long, device=device)
-    finished = torch.zeros(B, dtype=torch.bool, device=device)
+    tokens, logprobs = (torch.zeros(B, max_new_tokens, dtype=d, device=device) for d in (torch.long, torch.float32))
+    lengths, finished = (torch.zeros(B, dtype=d, device=device) for d in (torch.long, torch.bool))
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(group_size)
     # Longest prompts first: one that moves up then fits into the columns in use, next to prompts of its length.
     waiting = prompt_lengths.argsort(descending=True, stable=True).tolist()
@@ -209,14 +207,12 @@ def _decode(model, prompts, group_size, pad_id, slots, max_new_tokens, temperatu
         done = finished[row] | (lengths[row] == max_new_tokens)
         if done.any():
             bar.total -= int((max_new_tokens - lengths[row[done]]).sum())
-            holes, movers = cache.remove(done)
-            for x in (row, token):
-                x[holes] = x[movers]
-            row, token = row[:cache.rows], token[:cache.rows]
+            left = cache.remove(done)
+            row, token = row[left], token[left]
         if len(row):
-            position = prompt_lengths[row] + lengths[row] - 1
-            logits = model(input_ids=token[:, None], attention_mask=cache.extend(waiting),
-                           position_ids=position[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
+            positions = (prompt_lengths + lengths)[row, None] - 1
+            logits = model(input_ids=token[:, None], attention_mask=cache.extend(waiting), position_ids=positions,
+                           past_key_values=cache, use_cache=True).logits[:, -1]
     return tokens, logprobs, lengths, finished
 
 
@@ -237,11 +233,10 @@ def generate(model, tokenizer, prompts, group_size, max_new_tokens, temperature=
     prompts = [tokenizer(p, add_special_tokens=False).input_ids if isinstance(p, str) else list(p) for p in prompts]
     if not all(prompts):
         raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} has no tokens: there is nothing to continue")
-    device = model.device
+    device, training = model.device, model.training
     generator = None if seed is None else torch.Generator(device=device).manual_seed(seed)
     stop_ids = torch.tensor(stop_token_ids(model, tokenizer) if stop_ids is None else list(stop_ids), device=device)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    training = model.training
     model.eval()                                                               # no dropout, and a cache that is kept
     try:
         with tqdm(total=len(prompts) * group_size * max_new_tokens, desc="sampling", unit=" tokens", unit_scale=True,
@@ -252,8 +247,7 @@ def generate(model, tokenizer, prompts, group_size, max_new_tokens, temperature=
         model.train(training)
     T = int(lengths.max())
     mask = torch.arange(T, device=device) < lengths[:, None]                   # from lengths, never token == pad
-    texts = tokenizer.batch_decode([row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())],
-                                   skip_special_tokens=True)
+    responses = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]
     prompt_ids, prompt_mask = (x.repeat_interleave(group_size, 0) for x in _left_pad(prompts, pad_id, device))
     return Rollout(prompt_ids, prompt_mask, tokens[:, :T].masked_fill(~mask, pad_id), mask, logprobs[:, :T], finished,
-                   texts)
+                   tokenizer.batch_decode(responses, skip_special_tokens=True))
