@@ -416,7 +416,7 @@ def benchmark_trl(args):
         max_completion_length=args.max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, beta=0.0, num_iterations=1,
         learning_rate=settings.lr, lr_scheduler_type="constant", adam_beta2=0.95, weight_decay=0.0, max_grad_norm=1.0,
         gradient_checkpointing=bool(settings.gradient_checkpointing), bf16=settings.dtype == "bfloat16", use_cpu=on_cpu,
-        gradient_checkpointing_kwargs={"use_reentrant": False}, disable_dropout=True, use_vllm=False, report_to="none",
+        disable_dropout=True, use_vllm=False, report_to="none",
         logging_strategy="no", save_strategy="no", eval_strategy="no", disable_tqdm=True, seed=settings.seed,
         shuffle_dataset=False, dataloader_pin_memory=not on_cpu)
     model = copy.deepcopy(policy.model)
