@@ -155,7 +155,8 @@ class Policy:
         self.problems = train.load_problems(settings.data)[:questions]
         self.model, self.reference = train.load_model(settings.model, settings.device), None
         if settings.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})                                   # as train.py does
         if settings.kl_coef:
             self.reference = train.load_model(settings.model, settings.device, getattr(torch, settings.dtype))
         self.prompts = train.encode_prompts(self.problems, self.tokenizer, self.model, settings.max_new_tokens,
@@ -450,9 +451,10 @@ def parse_args(argv=None):
     """Flags -> Namespace; one line for values that cannot work. Makes --out, and the random model of --shape."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmarks", nargs="*", help="which of them (default: all)")
-    add = train.adder(parser)
+    add = train.adder(parser.add_mutually_exclusive_group())
     add("--model", default=str(train.TINY), help="Hugging Face id or folder (default: the embedded model in tiny/)")
     add("--shape", choices=["0.5B", "1.5B", "3B"], help="instead of --model: random weights in this shape of Qwen2.5")
+    add = train.adder(parser)
     add("--data", help="JSON or JSONL file of problems (default: the model's, with --shape the embedded model's)")
     add("--batch-size", type=int, help="questions per step or sampling run (default: embedded model 32, other 8)")
     add("--group-size", type=int, default=8, help="G, responses per question")

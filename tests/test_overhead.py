@@ -278,6 +278,13 @@ def test_bad_flags_end_with_one_line(flags, message):
     assert message in error_of(*flags)
 
 
+def test_help_names_the_benchmarks_and_their_sizes(capsys):
+    with pytest.raises(SystemExit) as caught:
+        overhead.main(["--help"])
+    printed = capsys.readouterr().out
+    assert caught.value.code == 0 and "--score-tokens" in printed and "Table 3" in printed
+
+
 def test_an_output_folder_that_is_a_file_ends_with_one_line():
     Path("out").write_text("")
     assert "--out out cannot be used as a folder" in error_of("step")
