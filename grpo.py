@@ -12,10 +12,9 @@ Choices where the paper is silent: the KL penalty is the k3 estimator of GRPO (D
 normaliser of Eq. 1, so that every term is a mean over the tokens of a question, then over questions.
 """
 import torch
-from torch.utils.checkpoint import checkpoint
 
 # Shapes: Q questions, G responses each, B = Q·G, P prompt tokens, T response tokens, V vocabulary, d hidden size
-LOGITS_AT_ONCE = 2 ** 26   # logits per chunk, whatever V is: 256 MiB in float32, at most four such tensors at once
+LOGITS_AT_ONCE = 2 ** 26   # logits per chunk, whatever V is: 256 MiB in float32, at most two such tensors at once
 
 
 def group_advantages(rewards):
@@ -54,15 +53,59 @@ def random_selection(selected, mask, correct, generator):
     return (rank < selected.sum(1, keepdim=True)) & candidates
 
 
-def _token_logprobs(hidden, tokens, lm_head, temperature):
-    """(n, d) hidden states, (n,) tokens -> (n,) log softmax(lm_head(hidden) / temperature)[token]."""
-    logits = lm_head(hidden)                                                   # (n, V)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    return logits.gather(1, tokens[:, None])[:, 0] - torch.logsumexp(logits, dim=1)
+class _TokenLogprobs(torch.autograd.Function):
+    """(N, d) hidden states, (N,) tokens -> (N,) ln π(token), π = softmax((W h + bias) / temperature).
+
+    A few tokens' logits exist at a time. They are computed again in the backward pass, where
+    ∂ ln π(y) / ∂ logits = (e_y − π) / temperature is formed in place: autograd would keep all of them, several times."""
+
+    @staticmethod
+    def logits(hidden, weight, bias, temperature):                             # in float32 or wider, a new tensor
+        logits = torch.nn.functional.linear(hidden, weight, bias)              # (n, V)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
+
+    @staticmethod
+    def forward(ctx, hidden, tokens, weight, bias, temperature, dtype):
+        W, b = weight.to(dtype), None if bias is None else bias.to(dtype)      # autocast would cast them chunk by chunk
+        logprobs, log_z, chunk = [], [], max(1, LOGITS_AT_ONCE // len(weight))
+        for h, y in zip(hidden.to(dtype).split(chunk), tokens.split(chunk)):
+            logits = _TokenLogprobs.logits(h, W, b, temperature)
+            token, top = logits.gather(1, y[:, None])[:, 0], logits.amax(1)
+            log_z.append(logits.sub_(top[:, None]).exp_().sum(1).log() + top)
+            logprobs.append(token - log_z[-1])
+        ctx.save_for_backward(hidden, tokens, weight, bias, torch.cat(log_z))
+        ctx.temperature, ctx.dtype, ctx.chunk = temperature, dtype, chunk
+        return torch.cat(logprobs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, tokens, weight, bias, log_z = ctx.saved_tensors
+        W, b = weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)
+        need_hidden, _, need_weight, need_bias, *_ = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight) if need_weight else None
+        grad_bias = torch.zeros_like(bias) if need_bias else None
+        for part in torch.arange(len(tokens), device=tokens.device).split(ctx.chunk):
+            h, y, c = hidden[part].to(ctx.dtype), tokens[part], grad[part] / ctx.temperature
+            pi = _TokenLogprobs.logits(h, W, b, ctx.temperature).sub_(log_z[part, None]).exp_()
+            pi.mul_(-c[:, None]).scatter_add_(1, y[:, None], c[:, None])       # grad · (e_y − π) / temperature
+            if need_bias:
+                grad_bias += pi.sum(0)
+            pi = pi.to(ctx.dtype)
+            if need_hidden:
+                grad_hidden[part] = (pi @ W).to(hidden.dtype)
+            if need_weight and weight.dtype == ctx.dtype:
+                grad_weight.addmm_(pi.T, h)                                    # without a temporary (V, d)
+            elif need_weight:
+                grad_weight += pi.T @ h                                        # summed in float32
+        return grad_hidden, None, grad_weight, grad_bias, None, None
 
 
 def check_head(model):
     """ValueError if the model's logits are not lm_head(hidden): Eq. 7 and `response_logprobs` take π = softmax(W h)."""
+    if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
+        raise ValueError(f"the model's lm_head is no torch.nn.Linear but a {type(model.get_output_embeddings()).__name__}"
+                         f": choose a model with a plain head (merge an adapter of the head first)")
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
         value = getattr(model.config.get_text_config(), name, None)
         if value not in (None, 1):
@@ -77,8 +120,8 @@ def response_logprobs(model, ids, attention_mask, prompt_length, temperature=1.0
     Face causal LM. Returns (B, T), float32 (float64 for a float64 model), 0 on padding; with return_hidden also the
     states (B, T, d) that predict those tokens, i.e. the input of lm_head.
 
-    The base model runs once. The lm_head is applied to a few tokens at a time and again in the backward pass, so a
-    (B, T, V) tensor never exists. Raises ValueError where logits are not lm_head(hidden), see `check_head`."""
+    The base model runs once. The logits of a few tokens exist at a time, in the backward pass, too: never (B, T, V).
+    Raises ValueError where logits are not lm_head(hidden), see `check_head`."""
     check_head(model)
     if prompt_length < 1:
         raise ValueError(f"prompt_length must be at least 1 (its last state predicts token 1), got {prompt_length}")
@@ -88,11 +131,10 @@ def response_logprobs(model, ids, attention_mask, prompt_length, temperature=1.0
                               use_cache=False).last_hidden_state
     states = states[:, prompt_length - 1:-1]                                   # (B, T, d): state k predicts token k
     valid = attention_mask[:, prompt_length:].bool()                           # (B, T)
-    lm_head = model.get_output_embeddings()
-    chunk = max(1, LOGITS_AT_ONCE // lm_head.weight.shape[0])
-    logprobs = [checkpoint(_token_logprobs, h, y, lm_head, temperature, use_reentrant=False, preserve_rng_state=False)
-                for h, y in zip(states[valid].split(chunk), ids[:, prompt_length:][valid].split(chunk))]
-    logprobs = torch.cat(logprobs)
+    head, device = model.get_output_embeddings(), ids.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+    logprobs = _TokenLogprobs.apply(states[valid], ids[:, prompt_length:][valid], head.weight, head.bias, temperature,
+                                    dtype)                                     # (N,)
     logprobs = torch.zeros(valid.shape, dtype=logprobs.dtype, device=ids.device).masked_scatter(valid, logprobs)
     return (logprobs, states) if return_hidden else logprobs
 

@@ -89,15 +89,16 @@ def _left_pad(sequences, pad_id, device):
 
 def _sample(logits, temperature, generator):
     """(R, V) logits -> the sampled token (R,) and its log-probability (R,). Temperature 0 takes the most likely."""
-    logits = logits.float() / (temperature or 1.0)
-    log_z = torch.logsumexp(logits, dim=-1)
-    if not log_z.isfinite().all():
-        raise FloatingPointError("the model's logits are not finite: its weights are damaged or training diverged")
+    pi = torch.softmax(logits.float() if temperature in (0, 1) else logits.float() / temperature, dim=-1)
     if temperature == 0:
-        token = logits.argmax(dim=-1)
-    else:
-        token = torch.multinomial(torch.exp(logits - log_z[:, None]), 1, generator=generator)[:, 0]
-    return token, logits.gather(1, token[:, None])[:, 0] - log_z
+        token = pi.argmax(dim=-1)
+    else:                                                                      # what torch.multinomial does, unchecked:
+        race = torch.empty_like(pi).exponential_(generator=generator)          # the first of V arrivals with rates π
+        token = torch.div(pi, race, out=race).argmax(dim=-1)
+    logprob = pi.gather(1, token[:, None])[:, 0].log()
+    if not logprob.isfinite().all():
+        raise FloatingPointError("the model's logits are not finite: its weights are damaged or training diverged")
+    return token, logprob
 
 
 class _Layer(DynamicLayer):

@@ -587,7 +587,7 @@ def estimate_memory(config, args, prompt_length):
     """Bytes at the peak, from the shapes alone, if every response took --max-new-tokens: ({part: bytes}, {phase: bytes}).
 
     "activations" counts what a decoder layer with a gated MLP saves for its backward pass: of one layer at a time, plus
-    each layer's input, with gradient checkpointing. "logits" is `grpo.LOGITS_AT_ONCE`, four times in float32."""
+    each layer's input, with gradient checkpointing. "logits" is `grpo.LOGITS_AT_ONCE`, twice in float32."""
     with torch.device("meta"):                                                 # shapes without memory
         parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     text = config.get_text_config()
@@ -609,7 +609,7 @@ def estimate_memory(config, args, prompt_length):
         "KV cache": slots * (length + BUCKET) * layers * kv * compute, "sampling logits": slots * text.vocab_size * 16,
         "hidden states": rows * args.max_new_tokens * d * compute if args.method in ("nthr", "random") else 0,
         "activations": layer + tokens * layers * d * 4 if args.gradient_checkpointing else layer * layers,
-        "logits": 16 * min(LOGITS_AT_ONCE, tokens * text.vocab_size)}
+        "logits": 8 * min(LOGITS_AT_ONCE, tokens * text.vocab_size)}
     kept = parts["weights"] + parts["AdamW"] + parts["reference"] + parts["bfloat16 copy"]
     kept += 0 if args.device.startswith("cuda") else RUNTIME
     return parts, {"sampling": kept + parts["KV cache"] + parts["sampling logits"],

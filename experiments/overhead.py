@@ -159,7 +159,7 @@ class Policy:
             enable({"use_reentrant": False})                                   # as train.py does
         if settings.kl_coef:
             self.reference = train.load_model(settings.model, settings.device, getattr(torch, settings.dtype))
-        self.prompts = train.encode_prompts(self.problems, self.tokenizer, self.model, settings.max_new_tokens,
+        self.prompts = train.encode_prompts(self.problems, self.tokenizer, self.model.config, settings.max_new_tokens,
                                             settings.reward)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
 
@@ -278,7 +278,7 @@ def benchmark_sampling(args):
     settings = train_args(args)
     tokenizer, model = train.load(train.AutoTokenizer, args.model), train.load_model(args.model, args.device)
     problems = train.load_problems(args.data)[:args.batch_size]
-    prompts = train.encode_prompts(problems, tokenizer, model, args.max_new_tokens, settings.reward)
+    prompts = train.encode_prompts(problems, tokenizer, model.config, args.max_new_tokens, settings.reward)
     stops = list(range(0, VOCABULARY, 64)) if args.shape else stop_token_ids(model, tokenizer)
     model.generation_config = GenerationConfig()                               # no repetition penalty, top-p or EOS
     rows, ratios, measured = [], [], {}

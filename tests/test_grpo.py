@@ -269,20 +269,62 @@ def test_gradients_of_all_parameters_equal_those_through_the_full_logits(kind, m
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_the_base_model_runs_once_and_the_lm_head_again_in_the_backward_pass(kind, monkeypatch):
-    model = tiny_model(kind)
-    calls, masks = {"base": 0, "head": 0}, []
-    model.base_model.register_forward_hook(lambda *_: calls.update(base=calls["base"] + 1))
+def test_the_base_model_runs_once_and_with_the_mask(kind):
+    model, masks = tiny_model(kind), []
     model.base_model.register_forward_pre_hook(lambda _, args, kwargs: masks.append(kwargs.get("attention_mask")),
                                                with_kwargs=True)
-    model.get_output_embeddings().register_forward_hook(lambda *_: calls.update(head=calls["head"] + 1))
     ids, mask, P = ragged_batch([5, 2, 3], [4, 6, 2])
-    monkeypatch.setattr(grpo, "LOGITS_AT_ONCE", 61 * 5)
-    loss = grpo.response_logprobs(model, ids, mask, P).sum()
-    assert calls == {"base": 1, "head": 3}                                      # 12 tokens in chunks of 5
-    assert masks[0] is not None and masks[0].bool().equal(mask.bool())
-    loss.backward()
-    assert calls == {"base": 1, "head": 6}
+    grpo.response_logprobs(model, ids, mask, P).sum().backward()
+    assert len(masks) == 1 and masks[0].bool().equal(mask.bool())
+
+
+@pytest.mark.parametrize("frozen", ["body", "head", "none"])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_gradient_through_a_head_with_a_bias_is_that_of_autograd_whatever_is_frozen(frozen, temperature,
+                                                                                        monkeypatch):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(PhiConfig(vocab_size=61, **SIZES)).eval().double()
+    with torch.no_grad():
+        model.lm_head.bias.normal_(0, 3)
+    for name, p in model.named_parameters():
+        p.requires_grad_(frozen == "none" or name.startswith("lm_head") == (frozen == "body"))
+    ids, mask, P = ragged_batch([4, 2, 3], [3, 5, 4])
+    coefficients = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(grpo, "LOGITS_AT_ONCE", 61 * 5)                         # 12 tokens in chunks of 5
+    (grpo.response_logprobs(model, ids, mask, P, temperature) * coefficients).sum().backward()
+    result = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    sum((naive * c[valid]).sum() for naive, c, valid in
+        zip(naive_logprobs(model, ids, mask, P, temperature), coefficients, mask[:, P:].bool())).backward()
+    assert any(p.grad is not None for p in model.parameters())
+    for name, p in model.named_parameters():
+        assert (result[name] is None) == (p.grad is None)
+        if p.grad is not None:
+            torch.testing.assert_close(result[name], p.grad, msg=name)
+
+
+def test_in_bfloat16_autocast_the_gradient_is_that_of_float32_up_to_rounding():
+    """bfloat16 rounds each product to 0.4%; sums over chunks are kept in float32."""
+    model = tiny_model("llama untied")
+    ids, mask, P = ragged_batch([5, 2, 3], [4, 6, 2])
+    gradients = []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            grpo.response_logprobs(model, ids, mask, P).sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, exact in gradients[0].items():
+        assert gradients[1][name].dtype == torch.float32
+        assert (gradients[1][name] - exact).norm() < 0.03 * exact.norm(), name
+    assert not gradients[0]["lm_head.weight"].equal(gradients[1]["lm_head.weight"])
+
+
+def test_a_head_that_is_no_linear_layer_is_refused():
+    model = tiny_model("llama untied")
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    ids, mask, P = ragged_batch([3, 2], [2, 3])
+    with pytest.raises(ValueError, match="no torch.nn.Linear but a Sequential"):
+        grpo.response_logprobs(model, ids, mask, P)
 
 
 @pytest.mark.parametrize("tied", [True, False])
