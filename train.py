@@ -55,7 +55,7 @@ DEFAULTS = {   # flag: (embedded model, real model = the paper's 0.5B settings, 
     "data": ("its train.jsonl", "math"), "reward": ("its own", "math"),
     "eval_data": ("its test.jsonl", "a tenth of --data, held out, or with --eval-only the five benchmarks"),
     "eval_size": (500, 200), "steps": (150, 105), "batch_size": (32, 32),
-    "minibatch_size": (32, 16), "micro_batch_tokens": (16384, 16384), "lr": (1e-4, 5e-7), "max_new_tokens": (64, 2500),
+    "minibatch_size": (32, 16), "micro_batch_tokens": (2048, 16384), "lr": (1e-4, 5e-7), "max_new_tokens": (64, 2500),
     "kl_coef": (0.0, 1e-4), "max_sequences": (1024, 128), "eval_every": (50, 20), "save_every": (25, 5),
     "delta_every": (1, 10), "gradient_checkpointing": (False, True)}
 MAY_CHANGE_ON_RESUME = ("steps", "eval_every", "save_every", "device", "out", "micro_batch_tokens", "max_sequences",

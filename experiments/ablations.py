@@ -40,7 +40,7 @@ from matplotlib import pyplot as plt
 
 matplotlib.use("Agg")                                                          # files only, no window
 TRAIN = common.ROOT / "train.py"
-SHORT = ["--steps=60", "--batch-size=16", "--minibatch-size=16", "--micro-batch-tokens=4096", "--eval-every=20",
+SHORT = ["--steps=60", "--batch-size=16", "--minibatch-size=16", "--micro-batch-tokens=2048", "--eval-every=20",
          "--eval-size=600"]                                                    # of an embedded model
 QUICK = {"steps": 25, "seeds": 3, "tables": ["methods", "beta", "eta", "nll"]}
 METHODS = {"grpo": "GRPO", "pos-only": "Pos Only", "random": "GRPO + Random", "nthr": "NTHR"}

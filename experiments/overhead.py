@@ -462,7 +462,7 @@ def parse_args(argv=None):
     add("--max-sequences", type=int, help="responses sampled together")
     add("--score-tokens", type=int, nargs="+", default=[256 * 2 ** i for i in range(7)], help="sizes of a group, N")
     add("--loss-rows", type=int, default=8, help="B of the loss")
-    add("--loss-tokens", type=int, default=256, help="T of the loss")
+    add("--loss-tokens", type=int, default=512, help="T of the loss")
     add("--trl-rows", type=int, help="rows per forward pass in TRL: bounds its memory (default: all of a step)")
     add("--repetitions", type=int, default=5, help="of every measurement")
     add("--device", default="auto", help="auto, cpu, cuda")

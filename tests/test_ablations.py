@@ -64,7 +64,7 @@ ROWS = {
            ("nthr-lr=0.001", "grpo-lr=0.001")],
     "group-size": [("grpo-group_size=4", ""), ("nthr-group_size=4", "grpo-group_size=4"), ("grpo", ""),
                    ("nthr", "grpo"), ("grpo-group_size=16", ""), ("nthr-group_size=16", "grpo-group_size=16")]}
-SHORT = ("--steps=60", "--batch-size=16", "--minibatch-size=16", "--micro-batch-tokens=4096", "--eval-every=20",
+SHORT = ("--steps=60", "--batch-size=16", "--minibatch-size=16", "--micro-batch-tokens=2048", "--eval-every=20",
          "--eval-size=600")                                                    # the documented settings of tiny
 
 
