@@ -2,13 +2,12 @@
 
 Tokens are drawn from softmax(logits / temperature) and from nothing else: no top-k, no top-p, no repetition penalty
 from a model's generation_config, so that the distribution sampled from is the one that Eq. 1's ratio divides by.
-Each prompt is prefilled once and its KV cache repeated for its responses; a row leaves the batch when it finishes, and
-the next prompts take the free places.
+Each prompt is prefilled once for all its responses; rows that finish leave, and waiting prompts take their places.
 """
 from dataclasses import dataclass, fields
 
 import torch
-import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -50,14 +49,12 @@ class Rollout:
 
 def concatenate(rollouts):
     """One Rollout of all rows: prompts padded on the left, responses on the right, to the longest."""
-    def join(name, left):
-        values = [getattr(rollout, name) for rollout in rollouts]
-        width = max(value.shape[1] for value in values)
-        pads = [(width - value.shape[1], 0) if left else (0, width - value.shape[1]) for value in values]
-        return torch.cat([F.pad(value, pad) for value, pad in zip(values, pads)])
+    def join(name, side):
+        rows = [row for rollout in rollouts for row in getattr(rollout, name)]
+        return pad_sequence(rows, batch_first=True, padding_side=side)
 
-    return Rollout(join("prompt_ids", True), join("prompt_mask", True), join("response_ids", False),
-                   join("response_mask", False), join("logprobs", False),
+    return Rollout(join("prompt_ids", "left"), join("prompt_mask", "left"), join("response_ids", "right"),
+                   join("response_mask", "right"), join("logprobs", "right"),
                    torch.cat([rollout.finished for rollout in rollouts]),
                    [text for rollout in rollouts for text in rollout.texts])
 
@@ -73,18 +70,16 @@ def encode_prompt(tokenizer, problem, instruction=INSTRUCTION):
 
 def stop_token_ids(model, tokenizer):
     """The sorted ids that end a response: the model's and the tokenizer's EOS and the end of a chat turn."""
-    eos = model.generation_config.eos_token_id
+    eos, vocabulary = model.generation_config.eos_token_id, tokenizer.get_vocab()
     ids = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
-    vocabulary = tokenizer.get_vocab()
-    ids |= {vocabulary.get(token) for token in END_OF_TURN}
-    return sorted(ids - {None})
+    return sorted((ids | {vocabulary.get(token) for token in END_OF_TURN}) - {None})
 
 
 def _left_pad(sequences, pad_id, device):
     """Token lists -> ids (Q, P) and mask (Q, P) bool."""
-    P = max(map(len, sequences))
-    ids = torch.tensor([[pad_id] * (P - len(sequence)) + sequence for sequence in sequences], device=device)
-    return ids, torch.arange(P, device=device) >= P - torch.tensor([[len(s)] for s in sequences], device=device)
+    ids = pad_sequence([torch.tensor(s) for s in sequences], batch_first=True, padding_value=pad_id, padding_side="left")
+    padding = ids.shape[1] - torch.tensor([[len(s)] for s in sequences])
+    return ids.to(device), (torch.arange(ids.shape[1]) >= padding).to(device)
 
 
 def _sample(logits, temperature, generator):
@@ -115,8 +110,8 @@ class _Layer(DynamicLayer):
 class _Slots(Cache):
     """The KV cache of the R rows that are decoded together, flush right: the newest token of each in the last column.
 
-    transformers' DynamicCache copies all it holds for each new token, and again when rows leave. Here a token is
-    written in place, the last rows move into the slots of those that leave, and waiting prompts get free slots."""
+    Tokens are written in place, and the last rows move into the slots of those that leave, where transformers'
+    DynamicCache copies all that it holds for each new token and each row that leaves."""
 
     def __init__(self, slots):
         super().__init__(layers=[])
@@ -181,9 +176,7 @@ class _Slots(Cache):
 
 
 def _decode(model, prompts, group_size, pad_id, slots, max_new_tokens, temperature, generator, stop_ids, bar):
-    """Sample the responses to all prompts, at most `slots` at a time; where rows finish, waiting prompts move up.
-
-    Returns tokens and logprobs (B, max_new_tokens), lengths and finished (B,)."""
+    """Sample all responses, `slots` at a time: tokens and logprobs (B, max_new_tokens), lengths and finished (B,)."""
     device, B = model.device, len(prompts) * group_size
     cache = _Slots(min(slots, B))
     tokens, logprobs = (torch.zeros(B, max_new_tokens, dtype=d, device=device) for d in (torch.long, torch.float32))
@@ -191,8 +184,7 @@ def _decode(model, prompts, group_size, pad_id, slots, max_new_tokens, temperatu
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(group_size)
     # Longest prompts first: one that moves up then fits into the columns in use, next to prompts of its length.
     waiting = prompt_lengths.argsort(descending=True, stable=True).tolist()
-    row = torch.zeros(0, dtype=torch.long, device=device)                      # (R,) which of the B rows is in a slot
-    logits = None                                                              # (R, V)
+    row, logits = torch.zeros(0, dtype=torch.long, device=device), None        # (R,) which of B is in a slot, (R, V)
     while waiting or len(row):
         free = cache.slots - len(row)
         if waiting and free >= max(1, cache.slots // 4):                       # some together: a prefill costs a pass
@@ -225,19 +217,23 @@ def generate(model, tokenizer, prompts, group_size, max_new_tokens, temperature=
     prompts: strings (tokenised without special tokens) or lists of token ids. temperature 0 is greedy, and its
     log-probabilities are those of temperature 1. seed: an int for reproducible sampling on one machine, or None for
     torch's global generator. max_sequences bounds the rows whose KV cache exists at one time. stop_ids: default
-    `stop_token_ids`. Raises ValueError on bad sizes or an empty prompt, FloatingPointError on NaN or +inf logits."""
+    `stop_token_ids`. Raises ValueError on bad sizes, an empty prompt or a model that is no plain transformer,
+    FloatingPointError on NaN or +inf logits."""
     if group_size < 1 or max_new_tokens < 1 or max_sequences < 1 or not temperature >= 0 or not prompts:
         raise ValueError(f"need at least one prompt, group_size, max_new_tokens, max_sequences >= 1 and temperature "
                          f">= 0, got {len(prompts)}, {group_size}, {max_new_tokens}, {max_sequences}, {temperature}")
     if isinstance(prompts, str):
         raise ValueError("prompts must be a list of strings or of token id lists, got a single string")
+    for layer in DynamicCache(config=model.config).layers:
+        if not isinstance(layer, DynamicLayer):
+            raise ValueError(f"the model has a {type(layer).__name__}: choose one whose layers all have a KV cache")
     prompts = [tokenizer(p, add_special_tokens=False).input_ids if isinstance(p, str) else list(p) for p in prompts]
     if not all(prompts):
         raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} has no tokens: there is nothing to continue")
     device, training = model.device, model.training
     generator = None if seed is None else torch.Generator(device=device).manual_seed(seed)
     stop_ids = torch.tensor(stop_token_ids(model, tokenizer) if stop_ids is None else list(stop_ids), device=device)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    pad_id = tokenizer.pad_token_id or 0                                       # it may be None
     model.eval()                                                               # no dropout, and a cache that is kept
     try:
         with tqdm(total=len(prompts) * group_size * max_new_tokens, desc="sampling", unit=" tokens", unit_scale=True,
@@ -246,9 +242,8 @@ def generate(model, tokenizer, prompts, group_size, max_new_tokens, temperature=
                                                           max_new_tokens, temperature, generator, stop_ids, bar)
     finally:
         model.train(training)
-    T = int(lengths.max())
+    T, responses = int(lengths.max()), [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]
     mask = torch.arange(T, device=device) < lengths[:, None]                   # from lengths, never token == pad
-    responses = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]
     prompt_ids, prompt_mask = (x.repeat_interleave(group_size, 0) for x in _left_pad(prompts, pad_id, device))
     return Rollout(prompt_ids, prompt_mask, tokens[:, :T].masked_fill(~mask, pad_id), mask, logprobs[:, :T], finished,
                    tokenizer.batch_decode(responses, skip_special_tokens=True))

@@ -586,8 +586,9 @@ def step_likelihood_change(model, rollout, rewards, old, args):
 def estimate_memory(config, args, prompt_length):
     """Bytes at the peak, from the shapes alone, if every response took --max-new-tokens: ({part: bytes}, {phase: bytes}).
 
-    "activations" counts what a decoder layer with a gated MLP saves for its backward pass: of one layer at a time, plus
-    each layer's input, with gradient checkpointing. "logits" is `grpo.LOGITS_AT_ONCE`, twice in float32."""
+    "activations" is what a decoder layer with a gated MLP saves for its backward pass: of one layer at a time, plus
+    each layer's input, with gradient checkpointing. "head" is `grpo.LOGITS_AT_ONCE`, twice in float32, and the gradient
+    of the head before it is added to that of the embeddings, which mostly are the same tensor."""
     with torch.device("meta"):                                                 # shapes without memory
         parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     text = config.get_text_config()
@@ -609,12 +610,12 @@ def estimate_memory(config, args, prompt_length):
         "KV cache": slots * (length + BUCKET) * layers * kv * compute, "sampling logits": slots * text.vocab_size * 16,
         "hidden states": rows * args.max_new_tokens * d * compute if args.method in ("nthr", "random") else 0,
         "activations": layer + tokens * layers * d * 4 if args.gradient_checkpointing else layer * layers,
-        "logits": 8 * min(LOGITS_AT_ONCE, tokens * text.vocab_size)}
+        "head": 8 * min(LOGITS_AT_ONCE, tokens * text.vocab_size) + 4 * text.vocab_size * d}
     kept = parts["weights"] + parts["AdamW"] + parts["reference"] + parts["bfloat16 copy"]
     kept += 0 if args.device.startswith("cuda") else RUNTIME
     return parts, {"sampling": kept + parts["KV cache"] + parts["sampling logits"],
-                   "old probabilities": kept + parts["hidden states"] + layer + parts["logits"],
-                   "update": kept + parts["gradients"] + parts["activations"] + parts["logits"]}
+                   "old probabilities": kept + parts["hidden states"] + layer + parts["head"],
+                   "update": kept + parts["gradients"] + parts["activations"] + parts["head"]}
 
 
 def device_memory(device):
@@ -783,7 +784,8 @@ def train(args):
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # old name
         enable({"use_reentrant": False})
     reference = load_model(args.model, args.device, getattr(torch, args.dtype)) if args.kl_coef else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    fused = args.device.startswith(("cpu", "cuda"))                            # one pass, no copies of the weights
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
     state = {"step": 0, "position": 0, "nonfinite": 0}
     out = Path(args.out)
     if checkpoint:

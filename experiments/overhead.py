@@ -161,7 +161,8 @@ class Policy:
             self.reference = train.load_model(settings.model, settings.device, getattr(torch, settings.dtype))
         self.prompts = train.encode_prompts(self.problems, self.tokenizer, self.model.config, settings.max_new_tokens,
                                             settings.reward)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0,
+                                           fused=True)
 
     def step(self, method="nthr"):
         """One step of Algorithm 1 or of plain GRPO: (seconds by phase, tokens sampled)."""

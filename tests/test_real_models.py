@@ -132,7 +132,7 @@ def test_the_estimate_of_what_is_kept_and_cached_is_that_of_real_tensors():
         assert parts["hidden states"] == 3 * 12 * 32 * 2                        # a mini-batch, in bfloat16
         kept = 4 * weights + train.RUNTIME                                      # 1 + 2 + 1/2 + 1/2 times the weights
         assert phases["sampling"] == kept + stored + parts["sampling logits"]
-        assert phases["update"] == kept + weights + parts["activations"] + parts["logits"]
+        assert phases["update"] == kept + weights + parts["activations"] + parts["head"]
     args = arguments("--batch-size", 2, "--minibatch-size", 1, "--dtype", "float32", "--method", "grpo")
     parts, _ = train.estimate_memory(FAMILIES["Qwen2"], args, 20)
     assert parts["reference"] == parts["bfloat16 copy"] == parts["hidden states"] == 0

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedTokenizerFast,
-                          Qwen2Config)
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MambaConfig,
+                          PreTrainedTokenizerFast, Qwen2Config)
 
 import grpo
 import rollout
@@ -546,6 +546,14 @@ def test_the_cache_is_kept_in_the_compute_type_under_autocast(monkeypatch):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rollout.generate(tiny_model("qwen2 tied"), byte_level_tokenizer("abc"), [[3, 1, 2]], 2, 4, seed=0)
     assert dtypes == {torch.bfloat16}
+
+
+def test_a_model_without_a_kv_cache_is_refused():
+    """Its layers keep a state of another kind; without it each token would be sampled as if it stood alone."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2))
+    with pytest.raises(ValueError, match="LinearAttentionLayer"):
+        rollout.generate(model, TOKENIZER, PROMPTS, 1, 4)
 
 
 def test_an_error_while_sampling_leaves_the_model_in_its_mode():
