@@ -2,23 +2,22 @@
 
 Tokens are drawn from softmax(logits / temperature) and from nothing else: no top-k, no top-p, no repetition penalty
 from a model's generation_config, so that the distribution sampled from is the one that Eq. 1's ratio divides by.
-Each prompt is prefilled once for all its responses; rows that finish leave, and waiting prompts take their places.
+A prompt is prefilled once for the responses that start together; rows that finish leave, and waiting ones move up.
 """
 from dataclasses import dataclass, fields
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-# Shapes: Q prompts, G responses each, B = Q·G rows (the G of a prompt consecutive), P prompt tokens, T response
-#         tokens, V vocabulary, R rows that are being decoded together
+# Shapes: Q prompts, G responses each, B = Q·G rows (those of a prompt consecutive), P prompt and T response tokens,
+#         V vocabulary, R rows that are decoded together
 SHOW_PROGRESS_AFTER = 10                # seconds
 BUCKET = 64                             # columns by which the KV cache grows
+PREFILL_TOKENS = 2 ** 14                # prompt tokens in one forward pass
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
-# How chat templates end a turn. Base models share the template of their chat sibling, but often list only
-# <|endoftext|> as their end (Qwen2.5), and would write the user's next question after the answer.
+# Ends of a chat turn. Base models share the template, but may list only <|endoftext|> as their end (Qwen2.5).
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 
 
@@ -84,16 +83,20 @@ def _left_pad(sequences, pad_id, device):
 
 def _sample(logits, temperature, generator):
     """(R, V) logits -> the sampled token (R,) and its log-probability (R,). Temperature 0 takes the most likely."""
-    pi = torch.softmax(logits.float() if temperature in (0, 1) else logits.float() / temperature, dim=-1)
-    if temperature == 0:
-        token = pi.argmax(dim=-1)
-    else:                                                                      # what torch.multinomial does, unchecked:
-        race = torch.empty_like(pi).exponential_(generator=generator)          # the first of V arrivals with rates π
-        token = torch.div(pi, race, out=race).argmax(dim=-1)
+    pi = torch.softmax(logits.float() if temperature in (0, 1) else logits.float() / temperature, dim=-1)      # (R, V)
+    race = torch.empty_like(pi).exponential_(generator=generator) if temperature else torch.ones_like(pi)
+    token = torch.div(pi, race, out=race).argmax(dim=-1)                       # first of V arrivals with rates π
     logprob = pi.gather(1, token[:, None])[:, 0].log()
     if not logprob.isfinite().all():
         raise FloatingPointError("the model's logits are not finite: its weights are damaged or training diverged")
     return token, logprob
+
+
+def check_cache(config):
+    """ValueError if a layer of the model keeps anything but keys and values, which `generate` could not move about."""
+    kinds = {type(layer) for layer in DynamicCache(config=config).layers} - {DynamicLayer, DynamicSlidingWindowLayer}
+    if kinds:
+        raise ValueError(f"the model has a {kinds.pop().__name__}: choose one whose layers keep keys and values only")
 
 
 class _Layer(DynamicLayer):
@@ -120,6 +123,8 @@ class _Slots(Cache):
 
     def reserve(self, slots):
         """New buffers, BUCKET columns larger than what is in use: of a long tail, only `slots` rows are kept."""
+        for layer in self.layers:
+            layer.keys = layer.values = None                                   # views would keep every old buffer
         for i, old in enumerate(self.buffers):
             self.buffers[i] = old.new_empty(slots, old.shape[1], self.columns + BUCKET, old.shape[3])
             self.buffers[i][:self.rows, :, :self.columns] = old[:self.rows, :, :self.columns]
@@ -138,15 +143,14 @@ class _Slots(Cache):
         repeat = torch.tensor([distinct.index(q) for q in repeat], device=model.device)
         cache = DynamicCache()                                                 # without config: sliding layers whole
         logits = model(input_ids=ids, attention_mask=mask.long(), position_ids=(mask.long().cumsum(1) - 1).clamp(min=0),
-                       past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]          # (q, V)
+                       past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         sources = [mask[:, None, :, None]]                                     # DynamicCache keeps float32 in autocast
         sources += [x.to(logits.dtype) for layer in cache.layers for x in (layer.keys, layer.values)]
         P, new = mask.shape[1], slice(self.rows, self.rows + len(repeat))
-        if self.buffers:
-            self.trim(at_least=P)
-        else:
+        if not self.buffers:
             self.layers, self.buffers, self.columns = [_Layer() for _ in cache.layers], sources[:], P
             self.reserve(self.slots)
+        self.trim(at_least=P)
         for buffer, source in zip(self.buffers, sources):
             buffer[new, :, :self.columns - P] = 0                              # masked, but 0 · NaN would be NaN
             buffer[new, :, self.columns - P:self.columns] = source[repeat]
@@ -171,7 +175,7 @@ class _Slots(Cache):
         mask, *states = [buffer[:self.rows, :, :self.columns] for buffer in self.buffers]
         mask[:, :, -1] = True
         for layer, keys, values in zip(self.layers, states[::2], states[1::2]):
-            layer.keys, layer.values, layer.is_initialized = keys, values, True
+            layer.keys, layer.values = keys, values
         return mask[:, 0, :, 0].long()
 
 
@@ -188,7 +192,8 @@ def _decode(model, prompts, group_size, pad_id, slots, max_new_tokens, temperatu
     while waiting or len(row):
         free = cache.slots - len(row)
         if waiting and free >= max(1, cache.slots // 4):                       # some together: a prefill costs a pass
-            new, waiting = waiting[:free], waiting[free:]
+            most = min(free, max(1, PREFILL_TOKENS // int(prompt_lengths[waiting[0]])) * group_size)
+            new, waiting = waiting[:most], waiting[most:]
             prefilled = cache.admit(model, prompts, [b // group_size for b in new], pad_id)
             logits = torch.cat([logits, prefilled]) if len(row) else prefilled
             row = torch.cat([row, torch.tensor(new, device=device)])
@@ -214,26 +219,21 @@ def generate(model, tokenizer, prompts, group_size, max_new_tokens, temperature=
              stop_ids=None):
     """Sample `group_size` responses to each prompt: a Rollout of B = len(prompts) · group_size rows, prompt by prompt.
 
-    prompts: strings (tokenised without special tokens) or lists of token ids. temperature 0 is greedy, and its
-    log-probabilities are those of temperature 1. seed: an int for reproducible sampling on one machine, or None for
-    torch's global generator. max_sequences bounds the rows whose KV cache exists at one time. stop_ids: default
-    `stop_token_ids`. Raises ValueError on bad sizes, an empty prompt or a model that is no plain transformer,
-    FloatingPointError on NaN or +inf logits."""
-    if group_size < 1 or max_new_tokens < 1 or max_sequences < 1 or not temperature >= 0 or not prompts:
-        raise ValueError(f"need at least one prompt, group_size, max_new_tokens, max_sequences >= 1 and temperature "
-                         f">= 0, got {len(prompts)}, {group_size}, {max_new_tokens}, {max_sequences}, {temperature}")
-    if isinstance(prompts, str):
-        raise ValueError("prompts must be a list of strings or of token id lists, got a single string")
-    for layer in DynamicCache(config=model.config).layers:
-        if not isinstance(layer, DynamicLayer):
-            raise ValueError(f"the model has a {type(layer).__name__}: choose one whose layers all have a KV cache")
+    prompts: strings (tokenised without special tokens) or lists of token ids. temperature 0 is greedy, with the
+    log-probabilities of temperature 1. seed: an int for reproducible sampling on one machine, or None for torch's global
+    generator. max_sequences bounds the rows whose KV cache exists at one time. stop_ids: default `stop_token_ids`.
+    Raises ValueError on bad arguments and as `check_cache`, FloatingPointError on NaN or +inf logits."""
+    sizes = (group_size, max_new_tokens, max_sequences)
+    if isinstance(prompts, str) or not prompts or min(sizes) < 1 or not temperature >= 0:
+        raise ValueError(f"need a list of at least one prompt, group_size, max_new_tokens, max_sequences >= 1 and "
+                         f"temperature >= 0, got {str(prompts)[:40]!r}, {sizes} and {temperature}")
+    check_cache(model.config)
     prompts = [tokenizer(p, add_special_tokens=False).input_ids if isinstance(p, str) else list(p) for p in prompts]
     if not all(prompts):
         raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} has no tokens: there is nothing to continue")
-    device, training = model.device, model.training
+    device, training, pad_id = model.device, model.training, tokenizer.pad_token_id or 0
     generator = None if seed is None else torch.Generator(device=device).manual_seed(seed)
     stop_ids = torch.tensor(stop_token_ids(model, tokenizer) if stop_ids is None else list(stop_ids), device=device)
-    pad_id = tokenizer.pad_token_id or 0                                       # it may be None
     model.eval()                                                               # no dropout, and a cache that is kept
     try:
         with tqdm(total=len(prompts) * group_size * max_new_tokens, desc="sampling", unit=" tokens", unit_scale=True,

@@ -34,7 +34,7 @@ from grpo import (LOGITS_AT_ONCE, check_head, group_advantages, grpo_loss, likel
                   random_selection, response_logprobs, token_weights)
 from nthr import nthr_advantages, nthr_eta
 from reward import extract_answer, math_reward
-from rollout import BUCKET, INSTRUCTION, concatenate, encode_prompt, generate
+from rollout import BUCKET, INSTRUCTION, PREFILL_TOKENS, check_cache, concatenate, encode_prompt, generate
 
 # Shapes: Q questions, G responses each, B = Q·G rows (the G of a question consecutive), K kept questions, T tokens
 RUNTIME = 0.6 * 2 ** 30    # bytes that Python and its libraries take on a CPU
@@ -60,11 +60,12 @@ DEFAULTS = {   # flag: (embedded model, real model = the paper's 0.5B settings, 
     "delta_every": (1, 10), "gradient_checkpointing": (False, True)}
 MAY_CHANGE_ON_RESUME = ("steps", "eval_every", "save_every", "device", "out", "micro_batch_tokens", "max_sequences",
                         "gradient_checkpointing")
-LOWERS_MEMORY = {   # phase: what to do when it runs out of memory; none of these flags changes the objective
+LOWERS_MEMORY = {   # phase: what to do when it runs out of memory
     "loading": "choose a smaller --model, or leave the reference model out with --kl-coef 0",
     "data_generation": "lower --max-sequences", "evaluation": "lower --max-sequences",
-    "old_probabilities": "lower --micro-batch-tokens", "reference": "lower --micro-batch-tokens",
-    "nthr": "lower --micro-batch-tokens", "likelihood_change": "lower --micro-batch-tokens",
+    "old_probabilities": "lower --micro-batch-tokens (or, in a new run, --minibatch-size)",
+    "nthr": "lower --micro-batch-tokens (or, in a new run, --minibatch-size)",
+    "reference": "lower --micro-batch-tokens", "likelihood_change": "lower --micro-batch-tokens",
     "model_update": "lower --micro-batch-tokens, with --gradient-checkpointing"}
 NOT_MEASURED = dict.fromkeys(("tau", "eta", "selected_share", "updates", "loss", "clip_share", "kl", "nll", "grad_norm",
                               "ratio_deviation", "delta_mean", "delta_nonpositive_share", "eval_accuracy"))
@@ -349,8 +350,9 @@ def memory_for(phase):
     """Turn the device's running out of memory into an `OutOfMemory` that says where, and which flags to lower."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:                               # the CPU's allocator has no class of its own
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:                               # only CUDA's allocator has its own class
+        known = ("out of memory", "allocate memory", "ALLOC_FAILED")
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in known):
             raise
         raise OutOfMemory(f"out of memory in {phase}: {LOWERS_MEMORY[phase]}") from None
 
@@ -370,19 +372,35 @@ def load(auto_class, name, **options):
              f"folder with config.json, safetensors weights and a tokenizer)")
 
 
-def load_model(name, device, dtype=torch.float32):
-    model = load(AutoModelForCausalLM, name, dtype=dtype, use_safetensors=True)
-    for module in model.modules():                                             # dropout would part π_θ from π_old
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+def load_config(name):
+    """The model's configuration without dropout, which would part π_θ from π_old; one line if it is of no use."""
+    config = load(AutoConfig, name)
+    for part in (config, config.get_text_config()):
+        for key, value in vars(part).items():
+            if "drop" in key and isinstance(value, float):
+                setattr(part, key, 0.0)
     try:
-        check_head(model)
+        check_cache(config)
     except ValueError as error:
         fail(f"{name}: {error}")
-    with memory_for("loading"):
-        return model.to(device).eval()
+    return config
+
+
+def load_model(name, device, dtype=torch.float32):
+    """The model on its device, in eval mode; one line unless its logits are those of lm_head, as Eq. 7 needs."""
+    model = load(AutoModelForCausalLM, name, config=load_config(name), dtype=dtype, use_safetensors=True)
+    try:
+        check_head(model)
+        with memory_for("loading"), torch.no_grad():
+            model.to(device).eval()
+            ids = torch.arange(3, device=device)[None]
+            states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            logits, own = model(input_ids=ids, use_cache=False).logits, model.get_output_embeddings()(states)
+        if not torch.allclose(logits, own, rtol=1e-3, atol=1e-3, equal_nan=True):
+            raise ValueError("its logits are not lm_head(base_model(ids)): choose another model")
+    except (ValueError, AttributeError) as error:
+        fail(f"{name}: {error}")
+    return model
 
 
 def encode_prompts(problems, tokenizer, config, max_new_tokens, reward="math"):
@@ -538,7 +556,7 @@ def update(model, optimizer, rollout, rewards, old, ref, advantages, args, state
     An update with a non-finite loss or gradient is skipped; state["nonfinite"] counts how many in a row."""
     correct, mask = rewards.flatten().to(args.device) == 1, rollout.response_mask
     model.train(args.gradient_checkpointing)                                   # recomputation works in train mode only
-    done, deviation = [], 0.0
+    done, deviation = [], torch.zeros((), device=mask.device)
     for number, rows in enumerate(minibatches(len(rewards), args)):
         weights, totals = torch.zeros(len(mask), device=mask.device), {}
         weights[rows] = token_weights(mask[rows], args.group_size)
@@ -551,7 +569,7 @@ def update(model, optimizer, rollout, rewards, old, ref, advantages, args, state
             loss.backward()
             totals = {name: totals.get(name, 0.0) + value.item() for name, value in metrics.items()}
             if number == 0:                                                    # nothing has moved yet: γ should be 1
-                deviation = max(deviation, torch.expm1(logprobs.detach() - old[micro, :t]).abs().max().item())
+                deviation = torch.maximum(deviation, torch.expm1(logprobs.detach() - old[micro, :t]).abs().max())
         totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
         if math.isfinite(totals["loss"]) and math.isfinite(totals["grad_norm"]):
             optimizer.step()
@@ -565,7 +583,7 @@ def update(model, optimizer, rollout, rewards, old, ref, advantages, args, state
             break
     model.eval()
     means = {name: sum(totals[name] for totals in done) / len(done) for name in done[0]} if done else {}
-    return {"updates": len(done), "ratio_deviation": deviation, **means}
+    return {"updates": len(done), "ratio_deviation": deviation.item(), **means}
 
 
 @torch.no_grad()
@@ -584,7 +602,7 @@ def step_likelihood_change(model, rollout, rewards, old, args):
 
 
 def estimate_memory(config, args, prompt_length):
-    """Bytes at the peak, from the shapes alone, if every response took --max-new-tokens: ({part: bytes}, {phase: bytes}).
+    """Bytes at the peak, from the shapes, if every response took --max-new-tokens: ({part: bytes}, {phase: bytes}).
 
     "activations" is what a decoder layer with a gated MLP saves for its backward pass: of one layer at a time, plus
     each layer's input, with gradient checkpointing. "head" is `grpo.LOGITS_AT_ONCE`, twice in float32, and the gradient
@@ -601,21 +619,26 @@ def estimate_memory(config, args, prompt_length):
     slots = min(args.max_sequences, max(args.batch_size * args.group_size, args.eval_size))
     rows = args.minibatch_size * args.group_size
     tokens = min(rows * length, max(args.micro_batch_tokens, length))
+    prompts = min(slots * prompt_length, max(PREFILL_TOKENS, prompt_length))   # tokens of prompts in one pass
     # saved per token: six float32 tensors of the two norms, the projections and rotations, gate, up and their product
-    layer = tokens * (24 * d + compute * (2 * d + 4 * heads * size + 2 * kv + 4 * inner))
+    per_token = 24 * d + compute * (2 * d + 4 * heads * size + 2 * kv + 4 * inner)
+    layer, trains = tokens * per_token, not args.eval_only
     parts = {
-        "weights": 4 * parameters, "gradients": 4 * parameters, "AdamW": 8 * parameters,
-        "reference": compute * parameters if args.kl_coef else 0,
+        "weights": 4 * parameters, "gradients": 4 * parameters * trains, "AdamW": 8 * parameters * trains,
+        "reference": compute * parameters if args.kl_coef and trains else 0,
         "bfloat16 copy": 2 * parameters if half else 0,                        # what autocast keeps while it is entered
         "KV cache": slots * (length + BUCKET) * layers * kv * compute, "sampling logits": slots * text.vocab_size * 16,
+        "prefill": prompts * (per_token + 4 * layers * kv),
         "hidden states": rows * args.max_new_tokens * d * compute if args.method in ("nthr", "random") else 0,
         "activations": layer + tokens * layers * d * 4 if args.gradient_checkpointing else layer * layers,
         "head": 8 * min(LOGITS_AT_ONCE, tokens * text.vocab_size) + 4 * text.vocab_size * d}
     kept = parts["weights"] + parts["AdamW"] + parts["reference"] + parts["bfloat16 copy"]
     kept += 0 if args.device.startswith("cuda") else RUNTIME
-    return parts, {"sampling": kept + parts["KV cache"] + parts["sampling logits"],
-                   "old probabilities": kept + parts["hidden states"] + layer + parts["head"],
-                   "update": kept + parts["gradients"] + parts["activations"] + parts["head"]}
+    sampling = {"sampling": kept + parts["KV cache"] + parts["prefill"] + parts["sampling logits"]}
+    if args.eval_only:
+        return parts, sampling
+    return parts, sampling | {"old probabilities": kept + parts["hidden states"] + layer + parts["head"],
+                              "update": kept + parts["gradients"] + parts["activations"] + parts["head"]}
 
 
 def device_memory(device):
@@ -630,7 +653,10 @@ def device_memory(device):
 
 def announce_memory(config, args, prompt_length):
     """Print the estimated peak of each phase; warn if one exceeds the device."""
-    phases, available = estimate_memory(config, args, prompt_length)[1], device_memory(args.device)
+    try:
+        phases, available = estimate_memory(config, args, prompt_length)[1], device_memory(args.device)
+    except (ValueError, AttributeError):                                       # loading it will say what is wrong
+        return print("memory: no estimate for a model of this kind")
     shown = ", ".join(f"{need / 2 ** 30:.1f} GiB in {phase}" for phase, need in phases.items())
     print(f"memory, estimated for responses of {args.max_new_tokens} tokens: {shown}")
     if available and max(phases.values()) > available:
@@ -701,18 +727,22 @@ def accuracy_table(answers):
 def evaluate_only(args):
     """Greedy answers of --model to all of --eval-data: a table, and answers.jsonl in args.out."""
     tokenizer = load(AutoTokenizer, args.model)                                # first: a misspelt id is found at once
-    problems = load_eval_data(args)
+    problems, config = load_eval_data(args), load_config(args.model)
+    prompts = encode_prompts(problems, tokenizer, config, args.max_new_tokens, args.reward)
+    announce_memory(config, args, max(map(len, prompts)))
     model = load_model(args.model, args.device)
-    prompts = encode_prompts(problems, tokenizer, model.config, args.max_new_tokens, args.reward)
     temporary, final = (Path(args.out) / name for name in ("answers.tmp", "answers.jsonl"))
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()                                                      # found out before the work, not after it
+        temporary.write_text("")                                               # found out before the work, not after it
     except OSError as error:
         fail(f"--out {args.out} cannot be used as a folder: {error}")
-    with memory_for("evaluation"):
-        answers = greedy_answers(model, tokenizer, problems, prompts, args)
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in answers), encoding="utf-8")
+    answers = []
+    for name in dict.fromkeys(row["benchmark"] for row in problems):           # one at a time: what is done is written
+        rows = [i for i, row in enumerate(problems) if row["benchmark"] == name]
+        with memory_for("evaluation"):
+            answers += greedy_answers(model, tokenizer, [problems[i] for i in rows], [prompts[i] for i in rows], args)
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in answers), encoding="utf-8")
     temporary.replace(final)
     print(*accuracy_table(answers), f"all answers are in {final}", sep="\n")
 
@@ -773,7 +803,7 @@ def train(args):
     checkpoint = find_checkpoint(args.out) if args.resume else None
     tokenizer = load(AutoTokenizer, checkpoint or args.model)                  # first: a misspelt id is found at once
     problems, eval_problems = load_data(args)
-    config = load(AutoConfig, checkpoint or args.model)
+    config = load_config(checkpoint or args.model)
     prompts, eval_prompts = (encode_prompts(rows, tokenizer, config, args.max_new_tokens, args.reward)
                              for rows in (problems, eval_problems))
     announce_memory(config, args, max(map(len, prompts)))
@@ -802,12 +832,6 @@ def train(args):
         fail(f"--out {out} cannot be used as a folder: {error}")
     if not checkpoint:
         save_checkpoint(model, tokenizer, optimizer, state, args)
-    if state["step"] == 0 and not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text()):
-        (out / "samples.jsonl").unlink(missing_ok=True)                        # of an evaluation that was cut short
-        with memory_for("evaluation"):
-            metrics = evaluate(model, tokenizer, eval_problems, eval_prompts, args, 0)
-        append(args, "metrics.jsonl", [{"step": 0, **metrics}])
-
     interrupted, diverged = [], False
 
     def interrupt(number, _):
@@ -820,6 +844,11 @@ def train(args):
     delta, complete, shortage = math.nan, dict(state), None                    # Δ last measured, state of the last step
     bar = tqdm(range(state["step"] + 1, args.steps + 1), initial=state["step"], total=args.steps, desc=args.method)
     try:
+        if state["step"] == 0 and not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text()):
+            (out / "samples.jsonl").unlink(missing_ok=True)                    # of an evaluation that was cut short
+            with memory_for("evaluation"):
+                metrics = evaluate(model, tokenizer, eval_problems, eval_prompts, args, 0)
+            append(args, "metrics.jsonl", [{"step": 0, **metrics}])
         for step in bar:
             timer = Timer()
             with timer("data_generation"):                                     # y_i ~ π_old, r_i, mixed groups only
@@ -857,10 +886,11 @@ def train(args):
     if shortage:
         rollout = old = ref = advantages = None
         optimizer.zero_grad(set_to_none=True)
-        if complete["step"]:                                                   # else nothing was trained yet
+        # The weights may have some updates of the step that broke off, which is made again.
+        if all("exp_avg_sq" in moments for moments in optimizer.state.values()):   # else it fell short in its first step
             save_checkpoint(model, tokenizer, optimizer, complete, args)
-        fail(f"{shortage}; steps up to {complete['step']} are saved: continue with python train.py --resume {args.out} "
-             f"and the lower value")
+        fail(f"{shortage}; all that was trained is saved: continue with step {complete['step'] + 1} by python train.py "
+             f"--resume {args.out} and the lower value")
     if diverged:
         fail(f"three updates in a row had a non-finite loss or gradient; the last good weights are in "
              f"{args.out}/checkpoint: start again from there with a lower --lr")

@@ -232,7 +232,8 @@ def test_eval_only_writes_the_greedy_answers_and_prints_the_table(sums, tmp_path
     """Against transformers' own greedy generation, one problem at a time; 28 tokens are too few for some."""
     run_here("--eval-only", "--eval-data", f"{sums[1]},{sums[0]}", "--max-new-tokens", 28, "--max-sequences", 5,
              "--out", tmp_path / "out")
-    printed = capsys.readouterr().out.splitlines()
+    announced, *printed = capsys.readouterr().out.splitlines()
+    assert announced.startswith("memory, estimated for responses of 28 tokens: ") and "update" not in announced
     model = AutoModelForCausalLM.from_pretrained(ROOT / "tiny").eval()
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny")
     expected, table = [], []

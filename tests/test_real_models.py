@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gemma2Config, Gemma3TextConfig, LlamaConfig,
-                          PhiConfig, Qwen2Config, Qwen3Config)
+from transformers import (AutoModelForCausalLM, AutoTokenizer, BertConfig, BloomConfig, DynamicCache, FalconH1Config,
+                          Gemma2Config, Gemma3TextConfig, LlamaConfig, MambaConfig, OPTConfig, PhiConfig, Qwen2Config,
+                          Qwen3Config, T5Config)
 
 import grpo
 import rollout
@@ -86,6 +87,35 @@ def test_soft_capped_logits_and_a_head_bias_are_refused_by_name(coin, tmp_path, 
     assert metrics_of(tmp_path / "d")[1]["updates"] == 2
 
 
+@pytest.mark.parametrize("config, words", [
+    (MambaConfig(**SIZES), "LinearAttentionLayer"),
+    (FalconH1Config(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, **SIZES), "keep keys and values only"),
+    (T5Config(vocab_size=100), "cannot load the model"),
+    (BertConfig(is_decoder=True, **SIZES), "its logits are not lm_head(base_model(ids))")])
+def test_models_of_other_kinds_are_refused_with_one_line_before_anything_is_written(config, words, coin, tmp_path):
+    folder = tmp_path / "model"
+    if isinstance(config, T5Config):
+        config.save_pretrained(folder)
+        TOKENIZER.save_pretrained(folder)
+    else:
+        save(config, folder)
+    for extra in ([], ["--eval-only"]):
+        message = error_of(*flags_for(folder, coin), "--kl-coef", 0, "--out", tmp_path / "run", *extra, starts=True)
+        assert words in message and str(folder) in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("config", [
+    OPTConfig(dropout=0.5, attention_dropout=0.5, ffn_dim=48, word_embed_proj_dim=32, **SIZES),
+    BloomConfig(hidden_dropout=0.5, attention_dropout=0.5, n_layer=2, n_head=4, **SIZES)])
+def test_dropout_of_any_kind_is_off_while_training(config, coin, tmp_path):
+    """Gradient checkpointing trains in train mode: with dropout, γ would be far from 1 before the first update."""
+    folder = save(config, tmp_path / "model")
+    run_here(*flags_for(folder, coin), "--gradient-checkpointing", "--out", tmp_path / "run")
+    row = metrics_of(tmp_path / "run")[1]
+    assert row["updates"] == 2 and row["ratio_deviation"] < 1e-5
+
+
 # ---------------------------------------------------------------------------------------------------- 2. precision
 
 def test_float32_weights_move_at_a_learning_rate_of_1e_6_and_bfloat16_weights_do_not():
@@ -131,7 +161,7 @@ def test_the_estimate_of_what_is_kept_and_cached_is_that_of_real_tensors():
         assert parts["KV cache"] == stored, family
         assert parts["hidden states"] == 3 * 12 * 32 * 2                        # a mini-batch, in bfloat16
         kept = 4 * weights + train.RUNTIME                                      # 1 + 2 + 1/2 + 1/2 times the weights
-        assert phases["sampling"] == kept + stored + parts["sampling logits"]
+        assert phases["sampling"] == kept + stored + parts["prefill"] + parts["sampling logits"]
         assert phases["update"] == kept + weights + parts["activations"] + parts["head"]
     args = arguments("--batch-size", 2, "--minibatch-size", 1, "--dtype", "float32", "--method", "grpo")
     parts, _ = train.estimate_memory(FAMILIES["Qwen2"], args, 20)
@@ -234,8 +264,38 @@ def test_out_of_memory_in_the_first_step_keeps_the_first_checkpoint(coin, tmp_pa
 
     monkeypatch.setattr(torch.optim.AdamW, "step", short)
     message = error_of(*flags_for(folder, coin), "--out", tmp_path / "run", starts=True)
-    assert "out of memory in model_update" in message and "steps up to 0 are saved" in message
+    assert "out of memory in model_update" in message and "continue with step 1" in message
     assert all(torch.equal(value, load_file(folder / "model.safetensors")[name]) for name, value in weights_of(tmp_path / "run").items())
+
+
+def test_out_of_memory_in_the_first_evaluation_can_be_resumed(coin, tmp_path, monkeypatch):
+    folder, evaluate = save(FAMILIES["Llama"], tmp_path / "model"), train.evaluate
+
+    def short(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(train, "evaluate", short)
+    message = error_of(*flags_for(folder, coin), "--out", tmp_path / "run", starts=True)
+    assert "out of memory in evaluation" in message and f"--resume {tmp_path / 'run'}" in message
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    run_here("--resume", tmp_path / "run", "--max-sequences", 1)
+    assert [row["step"] for row in metrics_of(tmp_path / "run")] == [0, 1]
+
+
+def test_half_made_moments_of_adamw_are_not_saved(coin, tmp_path, monkeypatch):
+    """Out of memory while AdamW makes its moments, in the first step that has an update."""
+    folder, step = save(FAMILIES["Llama"], tmp_path / "model"), torch.optim.AdamW.step
+
+    def short(self, closure=None):
+        step(self)
+        del next(iter(self.state.values()))["exp_avg_sq"]
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", short)
+    error_of(*flags_for(folder, coin), "--out", tmp_path / "run", starts=True)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    run_here("--resume", tmp_path / "run")
+    assert [row["step"] for row in metrics_of(tmp_path / "run")] == [0, 1]
 
 
 def test_out_of_memory_while_loading_is_named(coin, tmp_path, monkeypatch):
@@ -253,6 +313,10 @@ def test_a_failed_allocation_on_the_cpu_counts_and_other_errors_do_not():
     with pytest.raises(train.OutOfMemory, match="out of memory in reference: lower --micro-batch-tokens"):
         with train.memory_for("reference"):
             torch.empty(2 ** 46, dtype=torch.uint8)                             # 64 TiB
+    for text in ("MPS backend out of memory (MPS allocated: 8 GB)", "CUDA error: out of memory",
+                 "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"):
+        with pytest.raises(train.OutOfMemory), train.memory_for("reference"):
+            raise RuntimeError(text)
     with pytest.raises(RuntimeError, match="must match"):
         with train.memory_for("reference"):
             torch.ones(2) + torch.ones(3)

@@ -1,5 +1,6 @@
 """rollout.py against models with hand-made next-token tables, transformers' generate and exact probabilities."""
 import math
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -546,6 +547,30 @@ def test_the_cache_is_kept_in_the_compute_type_under_autocast(monkeypatch):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rollout.generate(tiny_model("qwen2 tied"), byte_level_tokenizer("abc"), [[3, 1, 2]], 2, 4, seed=0)
     assert dtypes == {torch.bfloat16}
+
+
+def test_a_growing_cache_frees_each_old_buffer_before_it_makes_the_next(monkeypatch):
+    model, alive = tiny_model("qwen2 tied"), []
+    monkeypatch.setattr(rollout, "BUCKET", 4)
+    original = rollout._Slots.reserve
+
+    def counted(self, slots):
+        old = [weakref.ref(buffer) for buffer in self.buffers]
+        original(self, slots)
+        alive.append(sum(reference() is not None for reference in old))
+
+    monkeypatch.setattr(rollout._Slots, "reserve", counted)
+    rollout.generate(model, TOKENIZER, PROMPTS, 2, 30, seed=0, stop_ids=[])
+    assert len(alive) > 4 and set(alive[1:]) == {0}                             # the first are the prompts' own
+
+
+def test_a_prefill_takes_a_bounded_number_of_prompt_tokens(monkeypatch):
+    model = chain_model(CHAIN)
+    shapes = forward_shapes(model)
+    monkeypatch.setattr(rollout, "PREFILL_TOKENS", 7)
+    result = rollout.generate(model, SMALL, [[7, 7, 4]] * 5 + [[4] * 9], 2, 3, temperature=0)
+    assert [rows * columns for rows, columns in shapes if columns > 1] == [9, 6, 6, 3]      # 9 alone exceeds it
+    assert responses(result) == [[5, 5, 5]] * 12
 
 
 def test_a_model_without_a_kv_cache_is_refused():
