@@ -320,3 +320,17 @@ def test_a_failed_allocation_on_the_cpu_counts_and_other_errors_do_not():
     with pytest.raises(RuntimeError, match="must match"):
         with train.memory_for("reference"):
             torch.ones(2) + torch.ones(3)
+
+
+def test_the_table_of_the_readme_is_what_the_function_computes():
+    shapes = {"0.5B": (24, 896, 14, 4864), "1.5B": (28, 1536, 12, 8960), "3B": (36, 2048, 16, 11008)}   # of Qwen2.5
+    args = arguments("--model", "x/y", "--dtype", "bfloat16")
+    args.device = "cuda"
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, (layers, hidden, heads, inner) in shapes.items():
+        config = Qwen2Config(vocab_size=151936, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+                             num_key_value_heads=2, intermediate_size=inner, tie_word_embeddings=True)
+        parts, phases = train.estimate_memory(config, args, 200)
+        header, row = (re.search(pattern, text, re.M)[0] for pattern in (r"^\| Qwen2\.5 .*$", rf"^\| {name} \| \d.*$"))
+        shown = dict(zip(*([cell.strip() for cell in line.strip("|").split("|")] for line in (header, row))))
+        assert shown == {"Qwen2.5": name} | {key: f"{value / 2 ** 30:.1f}" for key, value in (parts | phases).items()}

@@ -638,11 +638,11 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing_else(step, small,
     counts = []
     for name, flags in (("without", []), ("with", ["--gradient-checkpointing"])):
         calls.clear()
-        run_here(*small, "--steps", 1, *flags, "--out", tmp_path / name)
+        run_here(*small, "--steps", 1, "--micro-batch-tokens", 16384, *flags, "--out", tmp_path / name)
         counts.append(len(calls))
     layers = json.loads((ROOT / "tiny" / "config.json").read_text())["num_hidden_layers"]
     assert counts[1] == counts[0] + layers                                     # one micro-batch, each layer once more
-    assert same_weights(tmp_path / "without", step())
+    assert same_weights(tmp_path / "without", step("--micro-batch-tokens", 16384))
     assert relative_difference(tmp_path / "without", tmp_path / "with", ROOT / "tiny") < 0.01
 
 
