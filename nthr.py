@@ -61,9 +61,12 @@ def _check_group(hidden, tokens, mask, correct, lm_head):
     y = tokens[mask]
     if y.numel() and not 0 <= y.min() <= y.max() < len(lm_head):
         raise ValueError(f"tokens must be rows of lm_head, 0..{len(lm_head) - 1}, got {y.min()}..{y.max()}")
-    if not hidden[mask].isfinite().all():
-        raise ValueError("hidden holds NaN or infinite values on valid tokens: check the forward pass that made it")
     return mask, correct
+
+
+def _check_finite(states):
+    if not states.isfinite().all():
+        raise ValueError("hidden holds NaN or infinite values on valid tokens: check the forward pass that made it")
 
 
 def _accumulator(*tensors):
@@ -80,6 +83,7 @@ def nthr_scores_pairwise(hidden, tokens, mask, correct, lm_head):
 
     Arguments and result as `nthr_scores` with vocabulary="all"; float64 input is scored and returned in float64."""
     mask, correct = _check_group(hidden, tokens, mask, correct, lm_head)
+    _check_finite(hidden[mask])
     with torch.autocast(hidden.device.type, enabled=False):
         dtype = _accumulator(hidden, lm_head)
         h, W = hidden.to(dtype), lm_head.to(dtype)                             # (G, T, d), (V, d)
@@ -118,7 +122,7 @@ def nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs=None, vocabular
                          f"{tuple(logprobs.shape)}")
     scores = torch.zeros(mask.shape, device=hidden.device)                     # (G, T) float32
     h, y = hidden[mask], tokens[mask].long()                                   # (N, d), (N,)
-    chunks = torch.arange(len(y), device=y.device).split(chunk_size)
+    chunks = [slice(i, i + chunk_size) for i in range(0, max(1, len(y)), chunk_size)]
     positive = correct[:, None].expand_as(mask)[mask].nonzero()[:, 0]          # which of the N tokens are in a y⁺_i
     with torch.autocast(hidden.device.type, enabled=False):
         dtype = _accumulator(hidden, lm_head)
@@ -134,8 +138,8 @@ def nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs=None, vocabular
         mass = torch.zeros(len(y), dtype=dtype, device=y.device)               # (N,) Σ_v π(v) over the columns in use
 
         def prediction_error(c):                                               # e_y − π(·) of tokens c, (chunk, U)
-            row = torch.arange(len(c), device=c.device)
             logits = h[c].to(dtype) @ W.T / temperature
+            row = torch.arange(len(logits), device=y.device)
             log_z = torch.logsumexp(logits, -1) if vocabulary == "all" else logits[row, y[c]] - log_pi[c]
             pi = torch.exp(logits - log_z[:, None])
             mass[c] = pi.sum(-1)
@@ -146,10 +150,13 @@ def nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs=None, vocabular
         for c in positive.split(chunk_size):
             M.addmm_(prediction_error(c).T, h[c].to(dtype))
         s = torch.cat([((prediction_error(c) @ M) * h[c].to(dtype)).sum(-1) for c in chunks])  # (e_y − π)ᵀ M⁺ h
+    finite = s.isfinite().all()
+    if not finite:
+        _check_finite(h)
     if mass.mean() > 1.2:                                                      # V*_x ⊂ V: at most 1 up to rounding
         raise ValueError("logprobs are not log softmax(lm_head · hidden / temperature) of these tokens: pass matching "
                          "ones or None (another temperature, shifted hidden states, soft-capped logits, a head bias?)")
-    if not s.isfinite().all():
+    if not finite:
         raise ValueError("scores are not finite: lm_head holds NaN or infinity, or its logits overflow")
     scores[mask] = s.float()
     return scores
@@ -196,6 +203,7 @@ def nthr_advantages(advantages, hidden, tokens, mask, correct, lm_head, *, logpr
     factor = nthr_eta(p, eta)
     if p in (0, 1):
         mask, _ = _check_group(hidden, tokens, mask, correct, lm_head)
+        _check_finite(hidden[mask])
         scores = torch.zeros(mask.shape, device=mask.device)
         return NTHR(advantages, torch.zeros_like(mask), scores, scores.new_tensor(math.inf), 1.0)
     scores = nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs, vocabulary, temperature)

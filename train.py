@@ -796,8 +796,25 @@ def restore(optimizer, checkpoint, args):
     return saved["state"]
 
 
+def train_step(model, reference, tokenizer, optimizer, problems, prompts, args, step, state):
+    """Algorithm 1 on the next questions: sample, reward, score, update. Returns metrics; moves state["position"] on."""
+    timer = Timer()
+    with timer("data_generation"):                                             # y_i ~ π_old, r_i, mixed groups only
+        rollout, rewards, metrics, state["position"] = sample_groups(
+            model, tokenizer, problems, prompts, args, step, state["position"])
+    if len(rewards):
+        old, ref, advantages, nthr_metrics = old_policy_pass(model, reference, rollout, rewards, args, step, timer)
+        with timer("model_update"):                                            # Eq. 1 with Algorithm 1's advantages
+            metrics |= update(model, optimizer, rollout, rewards, old, ref, advantages, args, state) | nthr_metrics
+        if args.delta_every and step % args.delta_every == 0:
+            with timer("likelihood_change"):                                   # Eq. 2
+                metrics |= step_likelihood_change(model, rollout, rewards, old, args)
+    metrics["tokens_per_second"] = metrics.pop("tokens") / timer["data_generation"]
+    return {**NOT_MEASURED, **metrics, "seconds": timer}
+
+
 def train(args):
-    """Set up, then Algorithm 1 step by step. Everything goes to args.out."""
+    """Set up, then `train_step` by `train_step`. Everything goes to args.out."""
     if args.eval_only:
         return evaluate_only(args)
     checkpoint = find_checkpoint(args.out) if args.resume else None
@@ -839,52 +856,37 @@ def train(args):
         signal.signal(number, signal.SIG_DFL)
         tqdm.write("finishing this step, then saving; once more stops at once, at the last checkpoint")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
     delta, complete, shortage = math.nan, dict(state), None                    # Δ last measured, state of the last step
-    bar = tqdm(range(state["step"] + 1, args.steps + 1), initial=state["step"], total=args.steps, desc=args.method)
     try:
         if state["step"] == 0 and not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text()):
             (out / "samples.jsonl").unlink(missing_ok=True)                    # of an evaluation that was cut short
             with memory_for("evaluation"):
                 metrics = evaluate(model, tokenizer, eval_problems, eval_prompts, args, 0)
             append(args, "metrics.jsonl", [{"step": 0, **metrics}])
-        for step in bar:
-            timer = Timer()
-            with timer("data_generation"):                                     # y_i ~ π_old, r_i, mixed groups only
-                rollout, rewards, metrics, state["position"] = sample_groups(
-                    model, tokenizer, problems, prompts, args, step, state["position"])
-            if len(rewards):
-                old, ref, advantages, nthr_metrics = old_policy_pass(
-                    model, reference, rollout, rewards, args, step, timer)
-                with timer("model_update"):                                    # Eq. 1 with Algorithm 1's advantages
-                    metrics |= update(model, optimizer, rollout, rewards, old, ref, advantages, args, state)
-                metrics |= nthr_metrics
-                if args.delta_every and step % args.delta_every == 0:
-                    with timer("likelihood_change"):                           # Eq. 2
-                        metrics |= step_likelihood_change(model, rollout, rewards, old, args)
-            if step == args.steps or (args.eval_every and step % args.eval_every == 0):
-                with timer("evaluation"):
-                    metrics |= evaluate(model, tokenizer, eval_problems, eval_prompts, args, step)
-            state["step"], diverged = step, state["nonfinite"] >= 3
-            metrics["tokens_per_second"] = metrics.pop("tokens") / timer["data_generation"]
-            metrics = {"step": step, **NOT_MEASURED, **metrics, "seconds": timer, "peak_memory_gib": peak_memory()}
-            append(args, "metrics.jsonl", [metrics])
-            delta = delta if metrics["delta_mean"] is None else metrics["delta_mean"]
-            bar.set_postfix({"success": f"{metrics['success_rate']:.2f}", "Δ": f"{delta:.2f}",
-                             "tok/s": f"{metrics['tokens_per_second']:.0f}"})
-            stopping = step == args.steps or interrupted or diverged
-            if stopping or (args.save_every and step % args.save_every == 0):
-                state["nonfinite"] = 0 if diverged else state["nonfinite"]     # a resumed run may try again
-                save_checkpoint(model, tokenizer, optimizer, state, args)
-            complete = dict(state)
-            if interrupted or diverged:
-                break
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, interrupt)
+        with tqdm(range(state["step"] + 1, args.steps + 1), initial=state["step"], total=args.steps,
+                  desc=args.method) as bar:
+            for step in bar:
+                metrics = train_step(model, reference, tokenizer, optimizer, problems, prompts, args, step, state)
+                if step == args.steps or (args.eval_every and step % args.eval_every == 0):
+                    with metrics["seconds"]("evaluation"):
+                        metrics |= evaluate(model, tokenizer, eval_problems, eval_prompts, args, step)
+                state["step"], diverged = step, state["nonfinite"] >= 3
+                append(args, "metrics.jsonl", [{"step": step, **metrics, "peak_memory_gib": peak_memory()}])
+                delta = delta if metrics["delta_mean"] is None else metrics["delta_mean"]
+                bar.set_postfix({"success": f"{metrics['success_rate']:.2f}", "Δ": f"{delta:.2f}",
+                                 "tok/s": f"{metrics['tokens_per_second']:.0f}"})
+                stopping = step == args.steps or interrupted or diverged
+                if stopping or (args.save_every and step % args.save_every == 0):
+                    state["nonfinite"] = 0 if diverged else state["nonfinite"]     # a resumed run may try again
+                    save_checkpoint(model, tokenizer, optimizer, state, args)
+                complete = dict(state)
+                if interrupted or diverged:
+                    break
     except OutOfMemory as error:
         shortage = str(error)                                                  # not the error: it holds the tensors
-    bar.close()
     if shortage:
-        rollout = old = ref = advantages = None
         optimizer.zero_grad(set_to_none=True)
         # The weights may have some updates of the step that broke off, which is made again.
         if all("exp_avg_sq" in moments for moments in optimizer.state.values()):   # else it fell short in its first step

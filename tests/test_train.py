@@ -966,6 +966,7 @@ def test_a_non_finite_update_is_skipped_and_weights_and_optimizer_stay(break_los
 
 def test_three_non_finite_updates_in_a_row_end_the_run_with_its_last_good_weights(small, tmp_path, monkeypatch):
     calls = patch_loss(monkeypatch, {2, 3, 4}, nan_loss)
+    small = [*small, "--micro-batch-tokens", 16384]                            # one call of the loss per update
     message = error_of(*small, "--steps", 9, "--save-every", 0, "--out", tmp_path / "run", starts=True)
     assert "non-finite" in message and str(tmp_path / "run" / "checkpoint") in message
     assert len(calls) == 4 and trainer_state(tmp_path / "run")["state"]["step"] == 4
@@ -986,7 +987,7 @@ def test_three_non_finite_updates_within_one_step_end_it_there(small, tmp_path, 
 
 def test_single_non_finite_updates_let_the_run_go_on(small, tmp_path, monkeypatch):
     patch_loss(monkeypatch, {1, 2, 4}, nan_loss)
-    run_here(*small, "--steps", 5, "--out", tmp_path / "run")
+    run_here(*small, "--steps", 5, "--micro-batch-tokens", 16384, "--out", tmp_path / "run")
     assert [row["updates"] for row in metrics_of(tmp_path / "run")[1:]] == [0, 0, 1, 0, 1]
 
 
