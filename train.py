@@ -505,7 +505,7 @@ def policy_logprobs(model, rollout, rows, args, return_hidden=False):
 
 @torch.no_grad()
 def old_policy_pass(model, reference, rollout, rewards, args, step, timer):
-    """ONE no-grad pass over whole groups: ln π_old, and from the same hidden states the method's advantages.
+    """ONE no-grad pass over each mini-batch: ln π_old, and from the same hidden states the method's advantages.
 
     Returns old_logprobs, ref_logprobs (or None) and advantages, all (B, T), and NTHR's metrics."""
     correct, mask = rewards.flatten().to(args.device) == 1, rollout.response_mask                  # (B,), (B, T)
@@ -513,21 +513,23 @@ def old_policy_pass(model, reference, rollout, rewards, args, step, timer):
     old, ref = torch.zeros_like(advantages), torch.zeros_like(advantages) if reference else None
     lm_head, generator, stats = model.get_output_embeddings().weight, torch.Generator(), []
     generator.manual_seed(step_seed(args, step, args.sampling_rounds))         # no round of sampling has this seed
+    scored = args.method in ("nthr", "random")
     for rows in minibatches(len(rewards), args):
-        first, hidden = int(rows[0]), None
+        first, hidden = int(rows[0]), None                                     # the states of the mini-batch, (b, T, d)
         for micro in micro_batches(rollout, rows, args.micro_batch_tokens):
             with timer("old_probabilities"):
                 logprobs, states = policy_logprobs(model, rollout, micro, args, return_hidden=True)
                 t = logprobs.shape[1]
                 old[micro, :t] = logprobs
-                if hidden is None:                                             # of the mini-batch, (b, T, d)
+                if scored and hidden is None:
                     shape = (len(rows), mask.shape[1], states.shape[2])
                     hidden = states.new_zeros(shape, dtype=getattr(torch, args.dtype))
-                hidden[micro - first, :t] = states.to(hidden.dtype)
+                if scored:
+                    hidden[micro - first, :t] = states.to(hidden.dtype)
             if reference:
                 with timer("reference"):
                     ref[micro, :t] = policy_logprobs(reference, rollout, micro, args)
-        if args.method in ("nthr", "random"):
+        if scored:
             with timer("nthr"):
                 for group in rows.split(args.group_size):
                     t = max(1, int(mask[group].sum(1).max()))

@@ -521,7 +521,8 @@ def main(argv=None):
             print(common.markdown(["ratio", "median", "min", "max", "goal", "met"], [
                 [r["ratio"], *(f"{r[key]:.4g}" for key in ("median", "min", "max")), r["goal"],
                  "yes" if r["met"] else "no"] for r in result["ratios"]]))
-        record = common.provenance(args, time.perf_counter() - start) | {"processor": processor(), "sizes": vars(args)}
+        sizes = {key: value for key, value in vars(args).items() if key not in ("model", "data", "out", "benchmarks")}
+        record = common.provenance(args, time.perf_counter() - start) | {"processor": processor(), "sizes": sizes}
         common.write_json(Path(args.out) / "overhead.json", record | {"results": results})
     print(f"\nevery measurement: {args.out}/overhead.json")
 

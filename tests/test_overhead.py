@@ -239,7 +239,7 @@ def test_loss_at_a_small_vocabulary(small_shapes):
 
 def test_a_shape_replaces_the_model(small_shapes):
     record = run("sampling", "--shape", "0.5B")
-    assert record["sizes"]["model"] == "out/0.5B" and Path("out/0.5B/config.json").is_file()
+    assert record["sizes"]["shape"] == "0.5B" and Path("out/0.5B/config.json").is_file()
     for tokens, _ in record["results"]["sampling"]["measured"]["fixed length"]["model.generate"]:
         assert tokens == 2 * 4 * 8
 
