@@ -55,11 +55,11 @@ DEFAULTS = {   # flag: (embedded model, real model = the paper's 0.5B settings, 
     "data": ("its train.jsonl", "math"), "reward": ("its own", "math"),
     "eval_data": ("its test.jsonl", "a tenth of --data, held out, or with --eval-only the five benchmarks"),
     "eval_size": (500, 200), "steps": (150, 105), "batch_size": (32, 32),
-    "minibatch_size": (32, 16), "micro_batch_tokens": (2048, 16384), "lr": (1e-4, 5e-7), "max_new_tokens": (64, 2500),
-    "kl_coef": (0.0, 1e-4), "max_sequences": (1024, 128), "eval_every": (50, 20), "save_every": (25, 5),
-    "delta_every": (1, 10), "gradient_checkpointing": (False, True)}
-MAY_CHANGE_ON_RESUME = ("steps", "eval_every", "save_every", "device", "out", "micro_batch_tokens", "max_sequences",
-                        "gradient_checkpointing")
+    "minibatch_size": (32, 16), "micro_batch_tokens": (2048, 16384), "lr": (1e-4, 5e-7),
+    "max_new_tokens": (64, 2500), "kl_coef": (0.0, 1e-4), "max_sequences": (1024, 128), "eval_every": (50, 20),
+    "save_every": (25, 5), "delta_every": (1, 10), "gradient_checkpointing": (False, True)}
+MAY_CHANGE_ON_RESUME = ("steps", "eval_every", "save_every", "device", "out", "micro_batch_tokens", "micro_batch_size",
+                        "max_sequences", "gradient_checkpointing")
 LOWERS_MEMORY = {   # phase: what to do when it runs out of memory
     "loading": "choose a smaller --model, or leave the reference model out with --kl-coef 0",
     "data_generation": "lower --max-sequences", "evaluation": "lower --max-sequences",
@@ -124,6 +124,7 @@ def build_parser():
     add("--minibatch-size", type=int, help="questions per AdamW update: batch-size / minibatch-size updates a step")
     add("--micro-batch-tokens", type=int, help="most tokens per forward pass, padding included (a longer row goes "
         "alone): bounds memory")
+    add("--micro-batch-size", type=int, default=256, help="most responses per forward pass")
     add("--lr", type=float, help="AdamW learning rate")
     add("--steps", type=int, help="sampling steps")
     add("--clip-eps", type=float, default=0.2, help="ε of Eq. 1")
@@ -188,7 +189,8 @@ def parse_args(argv=None):
 def check(args):
     """One line for flags that cannot work, before anything is loaded; settles device and dtype "auto"."""
     for names, expected, valid in (
-            ("batch_size minibatch_size micro_batch_tokens steps max_new_tokens sampling_rounds max_sequences eval_size",
+            ("batch_size minibatch_size micro_batch_tokens micro_batch_size steps max_new_tokens sampling_rounds "
+             "max_sequences eval_size",
              "at least 1", lambda value: value >= 1),
             ("group_size", "at least 2, because advantages compare responses", lambda value: value >= 2),
             ("kl_coef nll_coef eval_every save_every delta_every seed", "0 or more, and finite",
@@ -451,8 +453,8 @@ def minibatches(groups, args):
     return [group_rows(part, args.group_size) for part in parts if len(part)]
 
 
-def micro_batches(rollout, rows, budget):
-    """`rows`, a LongTensor, in parts that one forward pass takes: at most `budget` tokens, padding included.
+def micro_batches(rollout, rows, args):
+    """`rows`, a LongTensor, in parts for one forward pass: at most --micro-batch-tokens, padding included.
 
     Rows are sorted by response length, so that little is padding; one that exceeds the budget goes alone. π_old and
     π_θ come from the same parts: other shapes round differently, which in bfloat16 would move the ratio off 1."""
@@ -460,7 +462,8 @@ def micro_batches(rollout, rows, budget):
     parts, P, T = [], 0, 0
     for row in sorted(rows.tolist(), key=responses.__getitem__):
         P, T = max(P, prompts[row]), max(T, responses[row])
-        if not parts or (len(parts[-1]) + 1) * (P + T) > budget:
+        n = len(parts[-1]) + 1 if parts else math.inf
+        if n * (P + T) > args.micro_batch_tokens or n > args.micro_batch_size:
             parts.append([])
             P, T = prompts[row], responses[row]
         parts[-1].append(row)
@@ -516,7 +519,7 @@ def old_policy_pass(model, reference, rollout, rewards, args, step, timer):
     scored = args.method in ("nthr", "random")
     for rows in minibatches(len(rewards), args):
         first, hidden = int(rows[0]), None                                     # the states of the mini-batch, (b, T, d)
-        for micro in micro_batches(rollout, rows, args.micro_batch_tokens):
+        for micro in micro_batches(rollout, rows, args):
             with timer("old_probabilities"):
                 logprobs, states = policy_logprobs(model, rollout, micro, args, return_hidden=True)
                 t = logprobs.shape[1]
@@ -562,7 +565,7 @@ def update(model, optimizer, rollout, rewards, old, ref, advantages, args, state
     for number, rows in enumerate(minibatches(len(rewards), args)):
         weights, totals = torch.zeros(len(mask), device=mask.device), {}
         weights[rows] = token_weights(mask[rows], args.group_size)
-        for micro in micro_batches(rollout, rows, args.micro_batch_tokens):
+        for micro in micro_batches(rollout, rows, args):
             logprobs = policy_logprobs(model, rollout, micro, args)
             t = logprobs.shape[1]
             loss, metrics = grpo_loss(
@@ -595,7 +598,7 @@ def step_likelihood_change(model, rollout, rewards, old, args):
     Here θ' is the policy after the whole step, all questions together; §4 updates on one question alone."""
     correct = rewards.to(args.device) == 1                                     # (K, G)
     new = old.clone()
-    for rows in micro_batches(rollout, correct.flatten().nonzero()[:, 0], args.micro_batch_tokens):
+    for rows in micro_batches(rollout, correct.flatten().nonzero()[:, 0], args):
         logprobs = policy_logprobs(model, rollout, rows, args)                 # only the correct responses matter
         new[rows, :logprobs.shape[1]] = logprobs
     new, old, mask = (x.view(*correct.shape, -1) for x in (new, old, rollout.response_mask))       # (K, G, T)

@@ -559,9 +559,9 @@ def test_methods_without_nthr_log_no_nthr_metrics(step):
 
 # ------------------------------------------------------------------------------------------------- 5. the update
 
-@pytest.mark.parametrize("tokens", [1, 150, 700])
-def test_the_size_of_micro_batches_does_not_change_a_step(step, tokens):
-    whole, parts = step(), step("--micro-batch-tokens", tokens)
+@pytest.mark.parametrize("flags", [("--micro-batch-tokens", 1), ("--micro-batch-tokens", 700), ("--micro-batch-size", 3)])
+def test_the_size_of_micro_batches_does_not_change_a_step(step, flags):
+    whole, parts = step(), step(*flags)
     assert relative_difference(whole, parts, ROOT / "tiny") < 0.01
     for name in UPDATE_METRICS - {"kl"}:
         assert metrics_of(parts)[1][name] == pytest.approx(metrics_of(whole)[1][name], rel=1e-3, abs=1e-6), name
@@ -576,11 +576,14 @@ def test_micro_batches_are_sorted_by_length_and_hold_as_many_rows_as_the_budget_
 
     sampled = rollout([2, 4, 2, 2, 2], [5, 1, 3, 1, 30])
     rows = torch.arange(5)
-    for budget, expected in ((10, [[1, 3], [2], [0], [4]]),                     # (4+1)·2 = 10; 2+3, with 5: 7·2 = 14
-                             (14, [[1, 3], [2, 0], [4]]),                       # (4+3)·3 = 21; then 7·2 = 14
-                             (1, [[1], [3], [2], [0], [4]]), (1000, [[1, 3, 2, 0, 4]])):
-        assert [part.tolist() for part in train.micro_batches(sampled, rows, budget)] == expected
-    assert [part.tolist() for part in train.micro_batches(sampled, torch.tensor([4, 2]), 64)] == [[2, 4]]
+    for budget, size, expected in ((10, 9, [[1, 3], [2], [0], [4]]),            # (4+1)·2 = 10; 2+3, with 5: 7·2 = 14
+                                   (14, 9, [[1, 3], [2, 0], [4]]),              # (4+3)·3 = 21; then 7·2 = 14
+                                   (1, 9, [[1], [3], [2], [0], [4]]), (1000, 9, [[1, 3, 2, 0, 4]]),
+                                   (1000, 3, [[1, 3, 2], [0, 4]]), (1000, 1, [[1], [3], [2], [0], [4]])):
+        args = Namespace(micro_batch_tokens=budget, micro_batch_size=size)
+        assert [part.tolist() for part in train.micro_batches(sampled, rows, args)] == expected
+    args = Namespace(micro_batch_tokens=64, micro_batch_size=2)
+    assert [part.tolist() for part in train.micro_batches(sampled, torch.tensor([4, 2]), args)] == [[2, 4]]
 
 
 def test_minibatches_are_whole_groups_and_as_equal_as_possible():
@@ -699,6 +702,7 @@ def test_the_nll_term_enters_the_loss_with_its_coefficient(step):
     (["--batch-size", 0], ["--batch-size", "at least 1", "got 0"]),
     (["--minibatch-size", 0], ["--minibatch-size", "at least 1", "got 0"]),
     (["--micro-batch-tokens", 0], ["--micro-batch-tokens", "at least 1", "got 0"]),
+    (["--micro-batch-size", 0], ["--micro-batch-size", "at least 1", "got 0"]),
     (["--max-new-tokens", 0], ["--max-new-tokens", "at least 1", "got 0"]),
     (["--max-sequences", 0], ["--max-sequences", "at least 1", "got 0"]),
     (["--sampling-rounds", 0], ["--sampling-rounds", "at least 1", "got 0"]),
