@@ -405,6 +405,20 @@ def load_model(name, device, dtype=torch.float32):
     return model
 
 
+def load_policy(source, args):
+    """(the model to train, the frozen reference model or None without --kl-coef, AdamW)."""
+    model = load_model(source, args.device)
+    if args.method in ("nthr", "random") and getattr(model.get_output_embeddings(), "bias", None) is not None:
+        fail(f"{args.model} adds a bias to its logits; Eq. 7 needs softmax(W h): choose another model or --method grpo")
+    if args.gradient_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # old name
+        enable({"use_reentrant": False})
+    reference = load_model(args.model, args.device, getattr(torch, args.dtype)) if args.kl_coef else None
+    fused = args.device.startswith(("cpu", "cuda"))                            # one pass, no copies of the weights
+    return model, reference, torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0,
+                                               fused=fused)
+
+
 def encode_prompts(problems, tokenizer, config, max_new_tokens, reward="math"):
     """Token ids of each problem, with the instruction to box the answer if that is what the reward reads."""
     limit = getattr(config, "max_position_embeddings", None) or math.inf
@@ -829,15 +843,7 @@ def train(args):
     prompts, eval_prompts = (encode_prompts(rows, tokenizer, config, args.max_new_tokens, args.reward)
                              for rows in (problems, eval_problems))
     announce_memory(config, args, max(map(len, prompts)))
-    model = load_model(checkpoint or args.model, args.device)
-    if args.method in ("nthr", "random") and getattr(model.get_output_embeddings(), "bias", None) is not None:
-        fail(f"{args.model} adds a bias to its logits; Eq. 7 needs softmax(W h): choose another model or --method grpo")
-    if args.gradient_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # old name
-        enable({"use_reentrant": False})
-    reference = load_model(args.model, args.device, getattr(torch, args.dtype)) if args.kl_coef else None
-    fused = args.device.startswith(("cpu", "cuda"))                            # one pass, no copies of the weights
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
+    model, reference, optimizer = load_policy(checkpoint or args.model, args)
     state = {"step": 0, "position": 0, "nonfinite": 0}
     out = Path(args.out)
     if checkpoint:

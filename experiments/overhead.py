@@ -137,11 +137,12 @@ def make_model(folder, shape, seed):
 
 
 def train_args(args, *flags):
-    """The settings of train.py for this model and these sizes, one AdamW update a step; `flags` are added."""
+    """The settings of train.py for this model and these sizes, one AdamW update a step, no Δ(x); `flags` are added."""
     names = ("model", "data", "batch_size", "group_size", "max_new_tokens", "max_sequences", "seed", "device", "dtype")
     values = [text for name in names for text in ("--" + name.replace("_", "-"), str(getattr(args, name)))]
     return train.parse_args([*values, "--minibatch-size", str(args.batch_size), "--out", f"{args.out}/train",
-                             "--reward", f"{Path(__file__).resolve()}:{alternating.__name__}", *flags])
+                             "--reward", f"{Path(__file__).resolve()}:{alternating.__name__}", "--delta-every", "0",
+                             *flags])
 
 
 class Policy:
@@ -150,32 +151,21 @@ class Policy:
     questions: use only so many, the first of the data."""
 
     def __init__(self, settings, questions=None):
-        self.settings, self.state, self.position, self.number = settings, {"nonfinite": 0}, 0, 0
+        self.settings, self.state, self.number = settings, {"position": 0, "nonfinite": 0}, 0
         self.tokenizer = train.load(train.AutoTokenizer, settings.model)
         self.problems = train.load_problems(settings.data)[:questions]
-        self.model, self.reference = train.load_model(settings.model, settings.device), None
-        if settings.gradient_checkpointing:
-            enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})                                   # as train.py does
-        if settings.kl_coef:
-            self.reference = train.load_model(settings.model, settings.device, getattr(torch, settings.dtype))
+        self.model, self.reference, self.optimizer = train.load_policy(settings.model, settings)
         self.prompts = train.encode_prompts(self.problems, self.tokenizer, self.model.config, settings.max_new_tokens,
                                             settings.reward)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0,
-                                           fused=True)
 
     def step(self, method="nthr"):
         """One step of Algorithm 1 or of plain GRPO: (seconds by phase, tokens sampled)."""
         self.number += 1
-        self.settings.method, timer = method, train.Timer()
-        with timer("data_generation"):
-            rollout, rewards, metrics, self.position = train.sample_groups(
-                self.model, self.tokenizer, self.problems, self.prompts, self.settings, self.number, self.position)
-        old, ref, advantages, _ = train.old_policy_pass(self.model, self.reference, rollout, rewards, self.settings,
-                                                        self.number, timer)
-        with timer("model_update"):
-            train.update(self.model, self.optimizer, rollout, rewards, old, ref, advantages, self.settings, self.state)
-        return timer, metrics["tokens"]
+        self.settings.method = method
+        metrics = train.train_step(self.model, self.reference, self.tokenizer, self.optimizer, self.problems,
+                                   self.prompts, self.settings, self.number, self.state)
+        timer = metrics["seconds"]
+        return timer, round(metrics["tokens_per_second"] * timer["data_generation"])
 
 
 def benchmark_step(args):

@@ -3,7 +3,6 @@
 Nothing is downloaded: the files are made up, in the format of each source, and served from file:// addresses."""
 import json
 import re
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rollout
+import test_train
 import train
+from test_train import read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE_2 = ["aime24", "amc23", "math500", "minerva", "olympiadbench"]
@@ -44,13 +45,8 @@ MEANING = {"aime24": [("One?", "025"), ("Two?", "204")],
 # ---------------------------------------------------------------------------------------------------------- helpers
 
 def run_here(*flags):
-    """The script after its imports, in this process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        train.train(train.parse_args([*map(str, flags), "--device", "cpu", "--dtype", "float32"]))
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    """The script after its imports, in this process, on the CPU."""
+    test_train.run_here(*flags, "--device", "cpu", "--dtype", "float32")
 
 
 def error_of(action, *args):
@@ -63,10 +59,6 @@ def error_of(action, *args):
 
 def parse(*flags):
     return train.parse_args([*map(str, flags), "--device", "cpu"])
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def json_lines(path, rows):
