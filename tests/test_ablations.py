@@ -375,7 +375,8 @@ def test_ctrl_c_stops_the_runs_and_the_same_command_goes_on(stand_in, monkeypatc
     shutil.rmtree(grpo / "checkpoint")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen([sys.executable, str(ROOT / "experiments" / "ablations.py"), *command], cwd=tmp_path,
-                               env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))    # "nohup" ignores it
     deadline = time.time() + 240
     while not ((nthr / "metrics.jsonl").exists() and (nthr / "metrics.jsonl").read_text().count("\n") > 2):
         assert process.poll() is None and time.time() < deadline, process.communicate()
