@@ -9,11 +9,13 @@ python train.py --resume runs/tiny-nthr-seed0       # continue a run that was st
 python train.py --eval-only --model my/folder       # greedy accuracy on the five benchmarks of Table 2, no training
 """
 import argparse
+import hashlib
 import json
 import logging
 import math
 import os
 import runpy
+import shlex
 import shutil
 import signal
 import sys
@@ -25,7 +27,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from huggingface_hub.utils import enable_progress_bars
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -58,8 +62,8 @@ DEFAULTS = {   # flag: (embedded model, real model = the paper's 0.5B settings, 
     "minibatch_size": (32, 16), "micro_batch_tokens": (2048, 16384), "lr": (1e-4, 5e-7),
     "max_new_tokens": (64, 2500), "kl_coef": (0.0, 1e-4), "max_sequences": (1024, 128), "eval_every": (50, 20),
     "save_every": (25, 5), "delta_every": (1, 10), "gradient_checkpointing": (False, True)}
-MAY_CHANGE_ON_RESUME = ("steps", "eval_every", "save_every", "device", "out", "micro_batch_tokens", "micro_batch_size",
-                        "max_sequences", "gradient_checkpointing")
+MAY_CHANGE_ON_RESUME = ("steps", "eval_every", "save_every", "keep_checkpoints", "device", "out", "micro_batch_tokens",
+                        "micro_batch_size", "max_sequences", "gradient_checkpointing")
 LOWERS_MEMORY = {   # phase: what to do when it runs out of memory
     "loading": "choose a smaller --model, or leave the reference model out with --kl-coef 0",
     "data_generation": "lower --max-sequences", "evaluation": "lower --max-sequences",
@@ -67,8 +71,12 @@ LOWERS_MEMORY = {   # phase: what to do when it runs out of memory
     "nthr": "lower --micro-batch-tokens (or, in a new run, --minibatch-size)",
     "reference": "lower --micro-batch-tokens", "likelihood_change": "lower --micro-batch-tokens",
     "model_update": "lower --micro-batch-tokens, with --gradient-checkpointing"}
-NOT_MEASURED = dict.fromkeys(("tau", "eta", "selected_share", "updates", "loss", "clip_share", "kl", "nll", "grad_norm",
-                              "ratio_deviation", "delta_mean", "delta_nonpositive_share", "eval_accuracy"))
+NOT_MEASURED = dict.fromkeys((
+    "tau", "eta", "selected_share", "updates", "skipped_updates", "skipped_questions", "loss", "clip_share", "kl",
+    "nll", "grad_norm", "ratio_deviation", "delta_mean", "delta_nonpositive_share", "eval_accuracy"))
+# Of a run: steps done, place in the data, updates skipped in a row and their problems, whether the weights have moved
+# since the last step that was logged (never so in a checkpoint), and a hash of the data.
+START = {"step": 0, "position": 0, "nonfinite": 0, "offending": [], "moved": False, "data": None}
 
 
 def fail(message):
@@ -138,6 +146,7 @@ def build_parser():
     add("--resume", nargs="?", const=True, help="continue the run in this folder (or in --out) with its own flags")
     add("--eval-every", type=int, help="steps between greedy evaluations (0: only first and last)")
     add("--save-every", type=int, help="steps between checkpoints (0: only first and last)")
+    add("--keep-checkpoints", type=int, default=2, help="how many: the newest, and older ones as checkpoint-STEP")
     add("--delta-every", type=int, help="steps between measurements of Δ(x), Eq. 2: one more forward pass (0: never)")
     add("--seed", type=int, default=0, help="of data order and sampling")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
@@ -162,15 +171,13 @@ def parse_args(argv=None):
         parser.set_defaults(eval_data=parser.get_default("eval_data") or ",".join(BENCHMARKS), eval_size=sys.maxsize)
     out = args.resume if isinstance(args.resume, str) else args.out
     folder = Path(args.model).resolve()
-    name = folder.parent.name if args.eval_only and folder.name == "checkpoint" else folder.name
+    name = folder.parent.name if args.eval_only and folder.name.startswith("checkpoint") else folder.name
     out = out or f"runs/{name}-" + ("eval" if args.eval_only else f"{args.method}-seed{args.seed}")
     if args.resume:
-        if not find_checkpoint(out) or not (Path(out) / "config.json").is_file():
-            fail(f"--resume: {out} is no folder with a checkpoint: name the run's folder, or start without --resume")
-        try:
-            recorded = json.loads((Path(out) / "config.json").read_text())
-        except ValueError as error:
-            fail(f"--resume: {out}/config.json is damaged ({error}): start a new run with --model {out}/checkpoint")
+        recorded = recorded_flags(out, parser)
+        reward = recorded["reward"]
+        if reward not in ("math", *EMBEDDED.values()) and args.reward is None:
+            fail(f"--resume would run {reward}, which {out}/config.json names: add --reward {reward} if you trust it")
         parser.set_defaults(**recorded)
     args = parser.parse_args(argv)
     args.out = out
@@ -180,17 +187,32 @@ def parse_args(argv=None):
                  f"is not its {recorded[name]}: leave the flag out, or start a new run")
     if args.eval_only and (Path(out) / "answers.jsonl").exists():
         fail(f"{out}/answers.jsonl holds the answers of an earlier evaluation: move it away, or choose another --out")
-    if not args.resume and not args.eval_only and (find_checkpoint(out) or (Path(out) / "metrics.jsonl").exists()):
+    if not args.resume and not args.eval_only and (checkpoints(out) or (Path(out) / "metrics.jsonl").exists()):
         fail(f"{args.out} already holds a run: continue it with --resume {args.out}, or choose another --out")
     check(args)
     return args
+
+
+def recorded_flags(out, parser):
+    """{flag: value} from the config.json of a run, which must name every flag; one line if it cannot be used."""
+    path = Path(out) / "config.json"
+    if not path.is_file():
+        fail(f"--resume: {out} holds no run (no config.json): name the run's folder, or start without --resume")
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        missing = set(vars(parser.parse_args([]))) - {"resume"} - set(recorded)
+    except (ValueError, TypeError) as error:
+        fail(f"--resume: {path} is damaged ({error}): start a new run with --model {out}/checkpoint")
+    if missing:
+        fail(f"--resume: {path} lacks {', '.join(sorted(missing))}: start a new run with --model {out}/checkpoint")
+    return recorded
 
 
 def check(args):
     """One line for flags that cannot work, before anything is loaded; settles device and dtype "auto"."""
     for names, expected, valid in (
             ("batch_size minibatch_size micro_batch_tokens micro_batch_size steps max_new_tokens sampling_rounds "
-             "max_sequences eval_size",
+             "max_sequences eval_size keep_checkpoints",
              "at least 1", lambda value: value >= 1),
             ("group_size", "at least 2, because advantages compare responses", lambda value: value >= 2),
             ("kl_coef nll_coef eval_every save_every delta_every seed", "0 or more, and finite",
@@ -332,8 +354,10 @@ def load_eval_data(args):
 
 
 def load_data(args):
-    """Training and evaluation problems. Without --eval-data a tenth of --data is held out, at most --eval-size."""
-    problems = load_problems(args.data)
+    """Training and evaluation problems. Without --eval-data a tenth of --data is held out, at most --eval-size.
+
+    The "id" of a training problem is its number in --data, from 1."""
+    problems = [{"id": number, **row} for number, row in enumerate(load_problems(args.data), start=1)]
     if args.eval_data:
         return problems, load_eval_data(args)
     if len(problems) < 2:
@@ -390,6 +414,10 @@ def load_config(name):
 
 def load_model(name, device, dtype=torch.float32):
     """The model on its device, in eval mode; one line unless its logits are those of lm_head, as Eq. 7 needs."""
+    pickled = [path.name for end in ("bin", "pt", "pth", "ckpt") for path in sorted(Path(name).glob(f"*.{end}"))]
+    if pickled and not any(Path(name).glob("*.safetensors")):
+        fail(f"{name} holds pickled weights only ({pickled[0]}), and loading a pickle can run any code: convert them "
+             f"to safetensors, or use a model that comes with them")
     model = load(AutoModelForCausalLM, name, config=load_config(name), dtype=dtype, use_safetensors=True)
     try:
         check_head(model)
@@ -487,14 +515,16 @@ def micro_batches(rollout, rows, args):
 def sample_groups(model, tokenizer, problems, prompts, args, step, position):
     """Sample and reward G responses to each of the next questions; drop groups that are all right or all wrong.
 
-    Returns the rollout of the K kept groups, rewards (K, G), metrics of all samples, and the next data position."""
-    rollouts, rewards, reward = [], [], load_reward(args.reward)
+    Returns the rollout of the K kept groups, rewards (K, G), metrics of all samples (and the indices "kept" of the
+    questions of those groups), and the next data position."""
+    rollouts, rewards, asked, reward = [], [], [], load_reward(args.reward)
     for round_ in range(args.sampling_rounds):                                 # dynamic sampling (App. 7.3)
         draws = [divmod(i, len(problems)) for i in range(position, position + args.batch_size)]
         position += args.batch_size
         orders = {epoch: np.random.default_rng([args.seed, epoch]).permutation(len(problems))
                   for epoch in {epoch for epoch, _ in draws}}
         questions = [int(orders[epoch][i]) for epoch, i in draws]
+        asked += questions
         with precision(args):
             rollouts.append(generate(model, tokenizer, [prompts[q] for q in questions], args.group_size,
                                      args.max_new_tokens, args.temperature, step_seed(args, step, round_),
@@ -507,7 +537,8 @@ def sample_groups(model, tokenizer, problems, prompts, args, step, position):
             break
     rollout = concatenate(rollouts)
     lengths = rollout.response_mask.sum(1)
-    metrics = {"questions": len(grouped), "groups_kept": len(mixed), "success_rate": grouped.mean().item(),
+    metrics = {"questions": len(grouped), "groups_kept": len(mixed), "kept": [asked[k] for k in mixed.tolist()],
+               "success_rate": grouped.mean().item(),
                "response_length": lengths.float().mean().item(), "tokens": int(lengths.sum()),
                "truncated_share": 1 - rollout.finished.float().mean().item()}
     return rollout.select(group_rows(mixed, args.group_size)), grouped[mixed], metrics, position
@@ -572,12 +603,14 @@ def old_policy_pass(model, reference, rollout, rewards, args, step, timer):
 def update(model, optimizer, rollout, rewards, old, ref, advantages, args, state):
     """Ascend Eq. 1 by AdamW, one update per mini-batch of questions. Returns metrics, means over the updates made.
 
-    An update with a non-finite loss or gradient is skipped; state["nonfinite"] counts how many in a row."""
+    An update with a non-finite loss or gradient is skipped; state["nonfinite"] counts how many in a row. "skipped" has
+    the groups, of K, of each: those with a part in a non-finite loss, else all of the update. state["moved"] becomes
+    True with the first update that is made."""
     correct, mask = rewards.flatten().to(args.device) == 1, rollout.response_mask
     model.train(args.gradient_checkpointing)                                   # recomputation works in train mode only
-    done, deviation = [], torch.zeros((), device=mask.device)
+    done, skipped, deviation = [], [], torch.zeros((), device=mask.device)
     for number, rows in enumerate(minibatches(len(rewards), args)):
-        weights, totals = torch.zeros(len(mask), device=mask.device), {}
+        weights, totals, suspects = torch.zeros(len(mask), device=mask.device), {}, []
         weights[rows] = token_weights(mask[rows], args.group_size)
         for micro in micro_batches(rollout, rows, args):
             logprobs = policy_logprobs(model, rollout, micro, args)
@@ -587,22 +620,25 @@ def update(model, optimizer, rollout, rewards, old, ref, advantages, args, state
                 None if ref is None else ref[micro, :t], args.kl_coef, args.nll_coef, correct[micro], weights[micro])
             loss.backward()
             totals = {name: totals.get(name, 0.0) + value.item() for name, value in metrics.items()}
+            suspects += [] if metrics["loss"].isfinite() else (micro // args.group_size).tolist()
             if number == 0:                                                    # nothing has moved yet: γ should be 1
                 deviation = torch.maximum(deviation, torch.expm1(logprobs.detach() - old[micro, :t]).abs().max())
         totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
         if math.isfinite(totals["loss"]) and math.isfinite(totals["grad_norm"]):
+            state["moved"] = True                                              # before it begins: it may be cut short
             optimizer.step()
             done.append(totals)
             state["nonfinite"] = 0
         else:
             state["nonfinite"] += 1
+            skipped.append(sorted(set(suspects or (rows // args.group_size).tolist())))
             tqdm.write(f"update skipped: loss {totals['loss']}, gradient norm {totals['grad_norm']}")
         optimizer.zero_grad(set_to_none=True)
         if state["nonfinite"] == 3:
             break
     model.eval()
     means = {name: sum(totals[name] for totals in done) / len(done) for name in done[0]} if done else {}
-    return {"updates": len(done), "ratio_deviation": deviation.item(), **means}
+    return {"updates": len(done), "skipped": skipped, "ratio_deviation": deviation.item(), **means}
 
 
 @torch.no_grad()
@@ -751,68 +787,213 @@ def evaluate_only(args):
     announce_memory(config, args, max(map(len, prompts)))
     model = load_model(args.model, args.device)
     temporary, final = (Path(args.out) / name for name in ("answers.tmp", "answers.jsonl"))
-    try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text("")                                               # found out before the work, not after it
-    except OSError as error:
-        fail(f"--out {args.out} cannot be used as a folder: {error}")
     answers = []
     for name in dict.fromkeys(row["benchmark"] for row in problems):           # one at a time: what is done is written
         rows = [i for i, row in enumerate(problems) if row["benchmark"] == name]
         with memory_for("evaluation"):
             answers += greedy_answers(model, tokenizer, [problems[i] for i in rows], [prompts[i] for i in rows], args)
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in answers), encoding="utf-8")
+        with writing(temporary, args):
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in answers), encoding="utf-8")
     temporary.replace(final)
     print(*accuracy_table(answers), f"all answers are in {final}", sep="\n")
 
 
+def resume(args):
+    """The command that continues the run. A --reward file is code, which is not run because config.json says so."""
+    reward = "" if args.reward in ("math", *EMBEDDED.values()) else f" --reward {shlex.quote(args.reward)}"
+    return f"python train.py --resume {shlex.quote(str(args.out))}{reward}"
+
+
+@contextmanager
+def writing(path, args):
+    """One line if a file of the output folder cannot be written, as on a full disk."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:      # of files, torch.save, safetensors
+        while error.__context__:                                               # the first cause is the clearest
+            error = error.__context__
+        fail(f"cannot write {path}: {' '.join(str(error).split())[:200]}: put that right (is the disk full?), then "
+             f"{'start again' if args.eval_only else 'continue with ' + resume(args)}")
+
+
 def append(args, name, rows):
-    """Append JSON lines to a file of the output folder; a non-finite number becomes null, which JSON can hold."""
-    with open(Path(args.out) / name, "a", encoding="utf-8") as file:
+    """Append JSON lines to a file of the output folder; a non-finite number becomes null, which JSON can hold.
+
+    They are on the disk when it returns, and so before any checkpoint of their step."""
+    path = Path(args.out) / name
+    with writing(path, args), open(path, "a", encoding="utf-8") as file:
         for row in rows:
             row = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                    for key, value in row.items()}
             file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def find_checkpoint(out):
-    """The newest complete checkpoint of an output folder, or None; the second name exists while the two are swapped."""
-    return next((path for path in (Path(out) / "checkpoint", Path(out) / "checkpoint.old") if path.is_dir()), None)
+def replace(path, text):
+    """Replace a text file by another that is already whole on the disk."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    temporary.replace(path)
+
+
+def sync(path):
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if os.name == "nt" and path.is_dir():                                      # Windows cannot
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def claimed(out):
+    """Hold the output folder, so that a second process that would write to it ends with one line.
+
+    The lock ends with the process, however that dies. A folder in which nothing was written is not left behind."""
+    out = Path(out)
+    lock = FileLock(out / ".lock")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        fail(f"another process is writing to {out}: wait until it has ended, or choose another --out")
+    except OSError as error:
+        fail(f"--out {out} cannot be used as a folder: {error}")
+    try:
+        yield
+    finally:
+        lock.release()
+        if [path.name for path in out.iterdir()] == [".lock"]:
+            (out / ".lock").unlink()
+            out.rmdir()
+
+
+def checkpoints(out):
+    """The checkpoints of an output folder, newest first: "checkpoint", then each "checkpoint-STEP"."""
+    newest = Path(out) / "checkpoint"
+    older = [path for path in Path(out).glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return [newest] * newest.is_dir() + sorted(older, key=lambda path: int(path.name[11:]), reverse=True)
+
+
+def manifest(checkpoint):
+    """What `save_checkpoint` wrote about a checkpoint: "step", "flags" and "files", {name: hash}."""
+    return json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fault(checkpoint, args):
+    """Why a run with these flags cannot go on from this checkpoint, or None if it can."""
+    try:
+        content = manifest(checkpoint)
+        for name, digest in content["files"].items():
+            if sha256(checkpoint / name) != digest:
+                return f"its {name} is not the file that was saved"
+        for name, value in content["flags"].items():
+            if name not in MAY_CHANGE_ON_RESUME and str(value) != str(getattr(args, name, None)):
+                return f"it is of a run with --{name.replace('_', '-')} {value}, not {getattr(args, name, None)}"
+    except OSError as error:
+        return f"its {Path(error.filename).name} cannot be read: {error.strerror}"
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"its manifest.json is damaged: {error!r}"
+
+
+def find_checkpoint(args):
+    """The newest checkpoint of the run in args.out, or None if it was stopped before its first.
+
+    One line if that one cannot be used, with the newest that can."""
+    found = checkpoints(args.out)
+    if not found and (Path(args.out) / "metrics.jsonl").exists():
+        fail(f"{args.out} has metrics, but no checkpoint is left to continue from: choose another --out")
+    wrong = fault(found[0], args) if found else None
+    if wrong:
+        intact = next((path for path in found[1:] if not fault(path, args)), None)
+        advice = "no older one is intact: start a new run with another --out"
+        if intact:
+            advice = (f"the newest intact one is {intact}, of step {manifest(intact)['step']}: move {found[0]} away, "
+                      f"and {resume(args)} continues from there")
+        fail(f"{found[0]} cannot be used, {wrong}; {advice}")
+    return found[0] if found else None
+
+
+def recordable(args):
+    """The flags as JSON can hold them."""
+    return {name: str(value) if value in (math.inf, -math.inf) else value for name, value in vars(args).items()
+            if name != "resume"}
 
 
 def save_checkpoint(model, tokenizer, optimizer, state, args):
-    """Weights in Hugging Face format, optimizer, step, data position and RNG states: complete, or not there at all."""
-    final, temporary, old = (Path(args.out) / name for name in ("checkpoint", "checkpoint.tmp", "checkpoint.old"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []}
-    torch.save({"optimizer": optimizer.state_dict(), "state": state, "rng": rng}, temporary / "trainer.pt")
-    if final.exists():                                                         # else .old is the only one: keep it
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-    temporary.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
+    """Weights in Hugging Face format, optimizer, step, data position and RNG states: complete, or not there at all.
+
+    All is written and synced beside the newest checkpoint and then takes its name, "checkpoint"; that one becomes
+    "checkpoint-STEP", and --keep-checkpoints of them stay. manifest.json has the flags and a hash of each file."""
+    final, temporary = (Path(args.out) / name for name in ("checkpoint", "checkpoint.tmp"))
+    with writing(final, args):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            rng = {"cpu": torch.get_rng_state(),
+                   "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []}
+            with open(temporary / "trainer.pt", "wb") as file:
+                torch.save({"optimizer": optimizer.state_dict(), "state": state, "rng": rng}, file)
+            paths = sorted(path for path in temporary.rglob("*") if path.is_file())
+            for path in paths:
+                sync(path)
+            content = {"step": state["step"], "flags": recordable(args),
+                       "files": {path.relative_to(temporary).as_posix(): sha256(path) for path in paths}}
+            replace(temporary / "manifest.json", json.dumps(content, indent=1))
+            sync(temporary)
+        except BaseException:                                                  # the room may be wanted for a next try
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        if final.exists():
+            older = final.with_name(f"checkpoint-{manifest(final)['step']}")
+            shutil.rmtree(older, ignore_errors=True)
+            final.rename(older)
+        temporary.rename(final)
+        sync(final.parent)
+        for old in checkpoints(args.out)[args.keep_checkpoints:]:
+            old.rename(temporary)                                              # what is named checkpoint is whole
+            shutil.rmtree(temporary)
 
 
-def restore(optimizer, checkpoint, args):
-    """Load optimizer and RNG states and cut the logs back to the checkpoint's step. Returns the run's state."""
+def restore(optimizer, checkpoint, args, data):
+    """Load optimizer and RNG states and cut the logs back to the checkpoint's step. Returns the run's state.
+
+    data: the hash of the training problems and prompts, which must be those that the run began with."""
     try:
         saved = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
-    except Exception as error:                                                 # torn files raise many kinds
-        fail(f"{checkpoint}/trainer.pt is damaged ({str(error).splitlines()[0]}): start a new run with --model "
-             f"{checkpoint}")
-    optimizer.load_state_dict(saved["optimizer"])
-    torch.set_rng_state(saved["rng"]["cpu"])
-    if torch.cuda.is_initialized() and len(saved["rng"]["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
+        optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["rng"]["cpu"])
+        if torch.cuda.is_initialized() and len(saved["rng"]["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
+        state = {name: saved["state"][name] for name in START}
+    except Exception as error:                                                 # whatever a stranger's file can raise
+        fail(f"{checkpoint}/trainer.pt cannot be used ({' '.join(str(error).split())[:200]}): start a new run with "
+             f"--model {checkpoint}")
+    if state["data"] != data:
+        fail(f"the problems of {args.data}, or their tokens, are not those that the run began with: put the file back "
+             f"as it was, or start a new run with --model {checkpoint}")
     for name in ("metrics.jsonl", "samples.jsonl"):
         path = Path(args.out) / name
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []    # a torn line has no end
-        kept = [line for line in lines if json.loads(line)["step"] <= saved["state"]["step"]]
-        path.with_suffix(".tmp").write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        path.with_suffix(".tmp").replace(path)
-    return saved["state"]
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
+        kept = []                                                              # a torn line, the last one, has no end
+        for number, line in enumerate(lines, start=1):
+            try:
+                kept += [line] if json.loads(line)["step"] <= state["step"] else []
+            except (ValueError, KeyError, TypeError):
+                fail(f"{path}, line {number} is damaged: mend or remove it, then continue with {resume(args)}")
+        with writing(path, args):
+            replace(path, "".join(line + "\n" for line in kept))
+    return state
 
 
 def train_step(model, reference, tokenizer, optimizer, problems, prompts, args, step, state):
@@ -821,10 +1002,15 @@ def train_step(model, reference, tokenizer, optimizer, problems, prompts, args, 
     with timer("data_generation"):                                             # y_i ~ π_old, r_i, mixed groups only
         rollout, rewards, metrics, state["position"] = sample_groups(
             model, tokenizer, problems, prompts, args, step, state["position"])
+    kept = metrics.pop("kept")
     if len(rewards):
         old, ref, advantages, nthr_metrics = old_policy_pass(model, reference, rollout, rewards, args, step, timer)
         with timer("model_update"):                                            # Eq. 1 with Algorithm 1's advantages
             metrics |= update(model, optimizer, rollout, rewards, old, ref, advantages, args, state) | nthr_metrics
+        skipped = [[problems[kept[k]]["id"] for k in groups] for groups in metrics.pop("skipped")]
+        metrics |= {"skipped_updates": len(skipped), "skipped_questions": sorted(set(sum(skipped, [])))}
+        streak = sum(skipped[-state["nonfinite"]:], []) if state["nonfinite"] else []
+        state["offending"] = streak if metrics["updates"] else state["offending"] + streak
         if args.delta_every and step % args.delta_every == 0:
             with timer("likelihood_change"):                                   # Eq. 2
                 metrics |= step_likelihood_change(model, rollout, rewards, old, args)
@@ -833,10 +1019,24 @@ def train_step(model, reference, tokenizer, optimizer, problems, prompts, args, 
 
 
 def train(args):
-    """Set up, then `train_step` by `train_step`. Everything goes to args.out."""
-    if args.eval_only:
-        return evaluate_only(args)
-    checkpoint = find_checkpoint(args.out) if args.resume else None
+    """Train, or with --eval-only evaluate. All goes to args.out, where no other process may write meanwhile."""
+    with claimed(args.out):
+        (evaluate_only if args.eval_only else run)(args)
+
+
+def run(args):
+    """Set up, then `train_step` by `train_step`, and see to it that the run can be continued, whatever ends it."""
+    out, state, signals = Path(args.out), dict(START), []
+
+    def interrupt(number, _):
+        signals.append(number)
+        if len(signals) > 1 or not state["moved"]:
+            raise KeyboardInterrupt
+        tqdm.write("finishing this step, then saving; once more stops at once, at the last checkpoint")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    checkpoint = find_checkpoint(args) if args.resume else None
     tokenizer = load(AutoTokenizer, checkpoint or args.model)                  # first: a misspelt id is found at once
     problems, eval_problems = load_data(args)
     config = load_config(checkpoint or args.model)
@@ -844,38 +1044,31 @@ def train(args):
                              for rows in (problems, eval_problems))
     announce_memory(config, args, max(map(len, prompts)))
     model, reference, optimizer = load_policy(checkpoint or args.model, args)
-    state = {"step": 0, "position": 0, "nonfinite": 0}
-    out = Path(args.out)
+    state["data"] = hashlib.sha256(json.dumps([problems, prompts]).encode()).hexdigest()
     if checkpoint:
-        state = restore(optimizer, checkpoint, args)
+        state = restore(optimizer, checkpoint, args, state["data"])
         if state["step"] >= args.steps:
             return print(f"{args.out} is complete at step {state['step']}: pass a larger --steps to go on")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        flags = {name: str(value) if value in (math.inf, -math.inf) else value for name, value in vars(args).items()
-                 if name != "resume"}
-        (out / "config.tmp").write_text(json.dumps(flags, indent=1))
-        (out / "config.tmp").replace(out / "config.json")
-    except OSError as error:
-        fail(f"--out {out} cannot be used as a folder: {error}")
+    with writing(out / "config.json", args):
+        replace(out / "config.json", json.dumps(recordable(args), indent=1))
     if not checkpoint:
         save_checkpoint(model, tokenizer, optimizer, state, args)
-    interrupted, diverged = [], False
+    complete, saved = dict(state), state["step"]                               # of the last whole step; what is on disk
+    shortage, stopped, delta = None, False, math.nan                           # Δ that was last measured
 
-    def interrupt(number, _):
-        interrupted.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        tqdm.write("finishing this step, then saving; once more stops at once, at the last checkpoint")
+    def keep():
+        """Save the last whole step, unless an update of the next one has moved the weights. Returns the step saved."""
+        if complete["step"] > saved and not state["moved"]:
+            save_checkpoint(model, tokenizer, optimizer, complete, args)
+            return complete["step"]
+        return saved
 
-    delta, complete, shortage = math.nan, dict(state), None                    # Δ last measured, state of the last step
     try:
         if state["step"] == 0 and not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text()):
             (out / "samples.jsonl").unlink(missing_ok=True)                    # of an evaluation that was cut short
             with memory_for("evaluation"):
                 metrics = evaluate(model, tokenizer, eval_problems, eval_prompts, args, 0)
             append(args, "metrics.jsonl", [{"step": 0, **metrics}])
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, interrupt)
         with tqdm(range(state["step"] + 1, args.steps + 1), initial=state["step"], total=args.steps,
                   desc=args.method) as bar:
             for step in bar:
@@ -883,33 +1076,39 @@ def train(args):
                 if step == args.steps or (args.eval_every and step % args.eval_every == 0):
                     with metrics["seconds"]("evaluation"):
                         metrics |= evaluate(model, tokenizer, eval_problems, eval_prompts, args, step)
-                state["step"], diverged = step, state["nonfinite"] >= 3
                 append(args, "metrics.jsonl", [{"step": step, **metrics, "peak_memory_gib": peak_memory()}])
+                diverged = state["nonfinite"] >= 3
+                state |= {"step": step, "moved": False, "nonfinite": 0 if diverged else state["nonfinite"]}
+                complete = dict(state)                                         # after divergence it may be tried again
                 delta = delta if metrics["delta_mean"] is None else metrics["delta_mean"]
                 bar.set_postfix({"success": f"{metrics['success_rate']:.2f}", "Δ": f"{delta:.2f}",
                                  "tok/s": f"{metrics['tokens_per_second']:.0f}"})
-                stopping = step == args.steps or interrupted or diverged
-                if stopping or (args.save_every and step % args.save_every == 0):
-                    state["nonfinite"] = 0 if diverged else state["nonfinite"]     # a resumed run may try again
+                stopped = bool(signals) and step < args.steps
+                if step == args.steps or stopped or diverged or (args.save_every and step % args.save_every == 0):
                     save_checkpoint(model, tokenizer, optimizer, state, args)
-                complete = dict(state)
-                if interrupted or diverged:
+                    saved = step
+                if diverged:
+                    shown = ", ".join(map(str, state["offending"][:20])) + ", ..." * (len(state["offending"]) > 20)
+                    fail(f"three updates in a row had a non-finite loss or gradient, with problems {shown} of "
+                         f"{args.data} (all in metrics.jsonl); the last good weights are in {out}/checkpoint: start "
+                         f"again from there with a lower --lr")
+                if stopped:
                     break
+    except KeyboardInterrupt:
+        stopped, saved = True, keep()
     except OutOfMemory as error:
         shortage = str(error)                                                  # not the error: it holds the tensors
+    except FloatingPointError as error:
+        fail(f"{error}; the last checkpoint is of step {saved}: {resume(args)} continues from there")
+    except Exception:                                                          # of a --reward FILE.py, or a fault here
+        tqdm.write(f"this run broke; {resume(args)} continues it after step {keep()}", file=sys.stderr)
+        raise
     if shortage:
         optimizer.zero_grad(set_to_none=True)
-        # The weights may have some updates of the step that broke off, which is made again.
-        if all("exp_avg_sq" in moments for moments in optimizer.state.values()):   # else it fell short in its first step
-            save_checkpoint(model, tokenizer, optimizer, complete, args)
-        fail(f"{shortage}; all that was trained is saved: continue with step {complete['step'] + 1} by python train.py "
-             f"--resume {args.out} and the lower value")
-    if diverged:
-        fail(f"three updates in a row had a non-finite loss or gradient; the last good weights are in "
-             f"{args.out}/checkpoint: start again from there with a lower --lr")
-    if interrupted and state["step"] < args.steps:
-        print(f"stopped after step {state['step']}; continue with: python train.py --resume {args.out}")
-        sys.exit(130)
+        fail(f"{shortage}; continue with step {keep() + 1} by {resume(args)} and the lower value")
+    if stopped:
+        print(f"stopped after step {saved}; continue with: {resume(args)}")
+        sys.exit(128 + (signals or [signal.SIGINT])[0])
     print(f"done: metrics in {args.out}/metrics.jsonl, the model in {args.out}/checkpoint")
 
 
@@ -919,4 +1118,4 @@ if __name__ == "__main__":
     except (FloatingPointError, OutOfMemory) as error:
         fail(error)
     except KeyboardInterrupt:
-        fail("interrupted before there was a result")
+        fail("interrupted before there was a result: start it again")

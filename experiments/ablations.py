@@ -253,13 +253,13 @@ def check_flags(folder, wanted):
 
 def start(folder, flags, environment):
     """train.py in the background: a new run, or the rest of one that has a checkpoint."""
-    resumed = train.find_checkpoint(folder) and (folder / "config.json").is_file()
+    resumed = train.checkpoints(folder) and (folder / "config.json").is_file()
     if folder.exists() and not resumed:
         shutil.rmtree(folder)                                                  # torn before its first checkpoint
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         return subprocess.Popen(
-            [sys.executable, str(TRAIN), *([f"--resume={folder}"] if resumed else [*flags, f"--out={folder}"])],
+            [sys.executable, str(TRAIN), *flags, f"--{'resume' if resumed else 'out'}={folder}"],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
             start_new_session=True)                                            # a Ctrl-C must not reach it twice
 
@@ -280,7 +280,8 @@ def run_all(waiting, total, steps, jobs, on_cpu):
                         log = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
                         tqdm.write("\n    ".join([f"{folder.name} failed:", *log.splitlines()[-3:]]))
                     else:
-                        shutil.rmtree(folder / "checkpoint", ignore_errors=True)   # gigabytes a run for a real model
+                        for checkpoint in train.checkpoints(folder):           # gigabytes a run for a real model
+                            shutil.rmtree(checkpoint)
                         bar.update()
                 time.sleep(0.1)
         except KeyboardInterrupt:

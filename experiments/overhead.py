@@ -151,7 +151,7 @@ class Policy:
     questions: use only so many, the first of the data."""
 
     def __init__(self, settings, questions=None):
-        self.settings, self.state, self.number = settings, {"position": 0, "nonfinite": 0}, 0
+        self.settings, self.state, self.number = settings, dict(train.START), 0
         self.tokenizer = train.load(train.AutoTokenizer, settings.model)
         self.problems = train.load_problems(settings.data)[:questions]
         self.model, self.reference, self.optimizer = train.load_policy(settings.model, settings)

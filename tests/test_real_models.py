@@ -1,5 +1,6 @@
 """What real models need: memory that is known beforehand, running out of it, precision, and model families."""
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, BertConfig, Bloom
 import grpo
 import rollout
 import train
-from test_train import error_of, metrics_of, run_here, trainer_state, weights_of
+from test_train import (error_of, metrics_of, run_here, same_weights, trainer_state, weights_of,
+                        without_wall_clock)
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = AutoTokenizer.from_pretrained(ROOT / "tiny")
@@ -226,9 +228,12 @@ PHASES = {   # phase: (what it calls, the flag that its message must name)
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_out_of_memory_names_the_phase_and_the_flags_and_loses_nothing(phase, coin, tmp_path, monkeypatch):
-    """It strikes in the third step; the checkpoints would be those of steps 0 and 4."""
+def test_out_of_memory_names_the_phase_and_the_flags_and_the_run_goes_on_as_if_nothing_was(phase, coin, tmp_path,
+                                                                                           monkeypatch):
+    """It strikes in the third step; the checkpoints would be those of steps 0 and 4. Before that step's first update
+    the state after the second is saved; after it, there is no state that could be continued exactly but the last saved."""
     name, flag = PHASES[phase]
+    reached = 0 if phase in ("likelihood_change", "evaluation") else 2
     folder = save(FAMILIES["Llama"], tmp_path / "model")
     flags = [*flags_for(folder, coin, steps=4), "--save-every", 0, "--eval-every", 1, "--out", tmp_path / "run"]
     original, seeds = getattr(train, name), train.step_seed
@@ -247,13 +252,21 @@ def test_out_of_memory_names_the_phase_and_the_flags_and_loses_nothing(phase, co
         monkeypatch.setattr(train, name, short)
     message = error_of(*flags, starts=True)
     assert f"out of memory in {phase}" in message and flag in message and f"--resume {tmp_path / 'run'}" in message
-    assert trainer_state(tmp_path / "run")["state"]["step"] == 2
+    assert f"continue with step {reached + 1} by" in message and f"--reward {coin}" in message
+    assert trainer_state(tmp_path / "run")["state"]["step"] == reached
     assert [row["step"] for row in metrics_of(tmp_path / "run")] == [0, 1, 2]
     at_shortage = weights_of(tmp_path / "run")
-    assert any(not torch.equal(at_shortage[key], value) for key, value in load_file(folder / "model.safetensors").items())
+    moved = [key for key, value in load_file(folder / "model.safetensors").items() if not at_shortage[key].equal(value)]
+    assert bool(moved) == (reached > 0)
     monkeypatch.undo()
-    run_here("--resume", tmp_path / "run", "--max-sequences", 3, "--micro-batch-tokens", 90, "--gradient-checkpointing")
-    assert [row["step"] for row in metrics_of(tmp_path / "run")] == [0, 1, 2, 3, 4]
+    shutil.copytree(tmp_path / "run", tmp_path / "lower")
+    run_here("--resume", tmp_path / "run", "--reward", coin)
+    run_here(*flags[:-2], "--out", tmp_path / "whole")
+    assert without_wall_clock(metrics_of(tmp_path / "run")) == without_wall_clock(metrics_of(tmp_path / "whole"))
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
+    run_here("--resume", tmp_path / "lower", "--reward", coin, "--max-sequences", 3, "--micro-batch-tokens", 90,
+             "--gradient-checkpointing")
+    assert [row["step"] for row in metrics_of(tmp_path / "lower")] == [0, 1, 2, 3, 4]
 
 
 def test_out_of_memory_in_the_first_step_keeps_the_first_checkpoint(coin, tmp_path, monkeypatch):
@@ -278,7 +291,7 @@ def test_out_of_memory_in_the_first_evaluation_can_be_resumed(coin, tmp_path, mo
     message = error_of(*flags_for(folder, coin), "--out", tmp_path / "run", starts=True)
     assert "out of memory in evaluation" in message and f"--resume {tmp_path / 'run'}" in message
     monkeypatch.setattr(train, "evaluate", evaluate)
-    run_here("--resume", tmp_path / "run", "--max-sequences", 1)
+    run_here("--resume", tmp_path / "run", "--reward", coin, "--max-sequences", 1)
     assert [row["step"] for row in metrics_of(tmp_path / "run")] == [0, 1]
 
 
@@ -294,7 +307,7 @@ def test_half_made_moments_of_adamw_are_not_saved(coin, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", short)
     error_of(*flags_for(folder, coin), "--out", tmp_path / "run", starts=True)
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    run_here("--resume", tmp_path / "run")
+    run_here("--resume", tmp_path / "run", "--reward", coin)
     assert [row["step"] for row in metrics_of(tmp_path / "run")] == [0, 1]
 
 

@@ -36,7 +36,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUD
                "COLUMNS": "200", "NO_COLOR": "1"}
 WALL_CLOCK = ("seconds", "tokens_per_second", "peak_memory_gib")
 SAMPLE_METRICS = {"questions", "groups_kept", "success_rate", "response_length", "truncated_share"}
-UPDATE_METRICS = {"tau", "eta", "selected_share", "updates", "loss", "clip_share", "kl", "nll", "grad_norm",
+UPDATE_METRICS = {"tau", "eta", "selected_share", "updates", "skipped_updates", "skipped_questions", "loss", "clip_share", "kl", "nll", "grad_norm",
                   "ratio_deviation", "delta_mean", "delta_nonpositive_share"}
 METRICS = {"step", "eval_accuracy", *WALL_CLOCK} | SAMPLE_METRICS | UPDATE_METRICS
 
@@ -395,7 +395,7 @@ def test_lines_torn_by_a_crash_are_dropped_on_resume(resumed):
 
 def test_a_crash_while_checkpoints_are_swapped_loses_nothing(resumed):
     folder = resumed["folder"] / "swapped"
-    (folder / "checkpoint").rename(folder / "checkpoint.old")
+    (folder / "checkpoint").rename(folder / f"checkpoint-{trainer_state(folder)['state']['step']}")
     (folder / "checkpoint.tmp").mkdir()
     write(folder / "checkpoint.tmp" / "model.safetensors", b"half of a")
     run_here("--resume", folder, "--steps", resumed["steps"])
@@ -479,7 +479,7 @@ def test_sigterm_stops_like_ctrl_c(small, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "sample_groups", terminated)
     with pytest.raises(SystemExit) as caught:
         run_here(*small, "--steps", 5, "--out", tmp_path / "run")
-    assert caught.value.code == 130 and trainer_state(tmp_path / "run")["state"]["step"] == 2
+    assert caught.value.code == 128 + signal.SIGTERM and trainer_state(tmp_path / "run")["state"]["step"] == 1
 
 
 def test_a_run_stopped_in_its_first_evaluation_resumes_with_step_zero(small, step, tmp_path, monkeypatch):
