@@ -812,8 +812,9 @@ def writing(path, args):
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:      # of files, torch.save, safetensors
         while error.__context__:                                               # the first cause is the clearest
             error = error.__context__
+        begun = not args.eval_only and (Path(args.out) / "config.json").exists()
         fail(f"cannot write {path}: {' '.join(str(error).split())[:200]}: put that right (is the disk full?), then "
-             f"{'start again' if args.eval_only else 'continue with ' + resume(args)}")
+             f"{'continue with ' + resume(args) if begun else 'start again'}")
 
 
 def append(args, name, rows):
@@ -1088,7 +1089,8 @@ def run(args):
                     save_checkpoint(model, tokenizer, optimizer, state, args)
                     saved = step
                 if diverged:
-                    shown = ", ".join(map(str, state["offending"][:20])) + ", ..." * (len(state["offending"]) > 20)
+                    offending = sorted(set(state["offending"]))
+                    shown = ", ".join(map(str, offending[:20])) + ", ..." * (len(offending) > 20)
                     fail(f"three updates in a row had a non-finite loss or gradient, with problems {shown} of "
                          f"{args.data} (all in metrics.jsonl); the last good weights are in {out}/checkpoint: start "
                          f"again from there with a lower --lr")
