@@ -868,7 +868,7 @@ def claimed(out):
         yield
     finally:
         lock.release()
-        if [path.name for path in out.iterdir()] == [".lock"]:
+        if out.is_dir() and [path.name for path in out.iterdir()] == [".lock"]:
             (out / ".lock").unlink()
             out.rmdir()
 
@@ -892,6 +892,7 @@ def sha256(path):
 
 def fault(checkpoint, args):
     """Why a run with these flags cannot go on from this checkpoint, or None if it can."""
+    name = "manifest.json"
     try:
         content = manifest(checkpoint)
         for name, digest in content["files"].items():
@@ -901,7 +902,7 @@ def fault(checkpoint, args):
             if name not in MAY_CHANGE_ON_RESUME and str(value) != str(getattr(args, name, None)):
                 return f"it is of a run with --{name.replace('_', '-')} {value}, not {getattr(args, name, None)}"
     except OSError as error:
-        return f"its {Path(error.filename).name} cannot be read: {error.strerror}"
+        return f"its {name} cannot be read: {error.strerror}"
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         return f"its manifest.json is damaged: {error!r}"
 
