@@ -98,7 +98,7 @@ def largest_move(folder, model):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name, length, truncated", [
     ("end", 1, 0), ("letter", LONGEST, 1), ("padding", LONGEST, 1), ("end or letter", None, None), ("any", None, None)])
-def test_right_and_wrong_responses_that_differ_in_nothing_else(name, length, truncated, method, dtype, models, tmp_path):
+def test_rewards_that_have_nothing_to_do_with_the_responses(name, length, truncated, method, dtype, models, tmp_path):
     """Every second response is right: empty, cut off, one token again and again, decoded as nothing, or any."""
     run_here(*flags_for(models[name], reward_file(tmp_path, "n % 2"), tmp_path / "run"), "--method", method,
              "--dtype", dtype)
@@ -109,7 +109,7 @@ def test_right_and_wrong_responses_that_differ_in_nothing_else(name, length, tru
             assert (row[metric] is None) == (metric in scored and method not in ("nthr", "random")), metric
         if length:
             assert row["response_length"] == length and row["truncated_share"] == truncated
-            # π = 1 of what is sampled: no error e_y − π, so no score, no likelihood to gain, no gradient but rounding
+            # π = 1 of what is sampled: no error e_y − π, so no score, no gradient, no likelihood to gain
             assert row["nll"] == row["kl"] == row["delta_mean"] == 0 and row["grad_norm"] < 1e-10
             if method in ("nthr", "random"):
                 assert abs(row["tau"]) < 1e-10
@@ -196,12 +196,14 @@ def test_memory_file_handles_and_speed_stay_as_they_are_over_hundreds_of_steps(t
         "command": " ".join(["python train.py", *map(str, SOAK)]), "seed": 0, "steps": steps,
         "samples_after_warm_up": len(late),
         "memory_mib_per_100_steps": growth, "band_of_95_percent": band,
-        "memory_mib": {"at_step_one_fifth": late[0][1], "at_the_end": late[-1][1], "largest": max(row[1] for row in samples)},
+        "memory_mib": {"after_one_fifth": late[0][1], "at_the_end": late[-1][1],
+                       "largest": max(row[1] for row in samples)},
         "file_handles": {"second_fifth": handles[0], "last_fifth": handles[1]},
         "seconds_per_1000_tokens": {"second_fifth": seconds[0], "last_fifth": seconds[1]},
         "speed_drift": seconds[1] / seconds[0], "greedy_accuracy": rows[-1]["eval_accuracy"],
         "machine": {"cores": os.cpu_count(), "threads_used": 1, "cpu": model_name[1] if model_name else None},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}}
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "transformers": transformers.__version__}}
     print(json.dumps(measured, indent=1))
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "soak.json").write_text(json.dumps(measured, indent=1) + "\n")
