@@ -96,24 +96,127 @@ def largest_move(folder, model):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name, length, truncated", [
-    ("end", 1, 0), ("letter", LONGEST, 1), ("padding", LONGEST, 1), ("end or letter", None, None), ("any", None, None)])
-def test_rewards_that_have_nothing_to_do_with_the_responses(name, length, truncated, method, dtype, models, tmp_path):
-    """Every second response is right: empty, cut off, one token again and again, decoded as nothing, or any."""
-    run_here(*flags_for(models[name], reward_file(tmp_path, "n % 2"), tmp_path / "run"), "--method", method,
-             "--dtype", dtype)
+@pytest.mark.parametrize("name, longest, length", [
+    ("end", LONGEST, 1), ("letter", LONGEST, LONGEST), ("padding", LONGEST, LONGEST), ("end or letter", LONGEST, None),
+    ("any", LONGEST, None), ("any", 1, 1)])
+def test_rewards_that_have_nothing_to_do_with_the_responses(name, longest, length, method, dtype, models, tmp_path):
+    """Every second response is right: empty, cut off, one token again and again, decoded as "", one token long, any."""
+    run_here(*flags_for(models[name], reward_file(tmp_path, "n % 2"), tmp_path / "run", steps=1), "--method", method,
+             "--dtype", dtype, "--max-new-tokens", longest)
+    row, = steps_of(tmp_path / "run")
+    assert row["groups_kept"] == 4 and row["success_rate"] == 0.5 and row["updates"] == 2
+    for metric in UPDATE_METRICS:
+        measured = method in ("nthr", "random") or metric not in ("tau", "eta", "selected_share")
+        assert (row[metric] is not None) == measured, metric
+    if name == "end or letter":
+        assert 1 < row["response_length"] < LONGEST and 0 <= row["truncated_share"] < 1
+    if length:
+        assert row["response_length"] == length
+    if name in ("end", "letter", "padding"):
+        assert row["truncated_share"] == (name != "end")
+        # π = 1 of what is sampled: no error e_y − π, so no score, no gradient, no likelihood to gain
+        assert row["nll"] == row["kl"] == row["delta_mean"] == 0 and row["grad_norm"] < 1e-10
+        assert not row["tau"] or abs(row["tau"]) < 1e-10
+        assert largest_move(tmp_path / "run", models[name]) < 1e-9
+    else:
+        assert largest_move(tmp_path / "run", models[name]) > 0.9e-3           # AdamW's first step moves by lr
+
+
+def test_the_padding_of_the_models_above_is_decoded_as_nothing(models):
+    model = train.load_model(models["padding"], "cpu")
+    assert train.generate(model, TOKENIZER, [[5, 6]], 3, LONGEST, seed=0).texts == [""] * 3
+
+
+@pytest.mark.parametrize("group_size", [2, 64])
+@pytest.mark.parametrize("method", METHODS)
+def test_identical_responses_to_one_question_half_of_them_right(method, group_size, models, tmp_path, monkeypatch):
+    """With p = 1/2, Â = ±1 and η = 0. At γ = 1 Eq. 1's loss is −(1 − what is left of the wrong ones) / 2.
+
+    What is left: for pos-only nothing, for grpo all, else all but the selected share; the KL penalty is still 0."""
+    generate = train.generate
+
+    def same(model, tokenizer, prompts, size, *args, **kwargs):
+        sampled = generate(model, tokenizer, prompts, size, *args, **kwargs)
+        return sampled.select(torch.arange(len(prompts)).repeat_interleave(size) * size)
+
+    monkeypatch.setattr(train, "generate", same)
+    run_here(*flags_for(models["any"], reward_file(tmp_path, "n % 2"), tmp_path / "run"), "--method", method,
+             "--batch-size", 1, "--minibatch-size", 1, "--group-size", group_size, "--nll-coef", 0.25)
+    first, second = steps_of(tmp_path / "run")
+    assert first["groups_kept"] == first["updates"] == second["updates"] == 1
+    left = {"grpo": 1, "pos-only": 0}.get(method, 1 - (first["selected_share"] or 0))
+    if method in ("nthr", "random"):                                           # s⁻ = s⁺, and τ is their mean
+        assert first["eta"] == 0 and 0 < first["selected_share"] < 1
+    assert first["loss"] == pytest.approx(-(1 - left) / 2 + 0.25 * first["nll"], abs=1e-5) and abs(first["kl"]) < 1e-6
+    assert second["kl"] > 0 and largest_move(tmp_path / "run", models["any"]) > 0
+
+
+@pytest.mark.parametrize("group_size", [2, 64])
+@pytest.mark.parametrize("method", METHODS)
+def test_one_question_per_batch_with_the_smallest_group_and_a_large_one(method, group_size, models, tmp_path):
+    """The micro-batches hold a part of the group: one response each at first."""
+    run_here(*flags_for(models["any"], reward_file(tmp_path, "n % 2"), tmp_path / "run"), "--method", method,
+             "--batch-size", 1, "--minibatch-size", 1, "--group-size", group_size, "--micro-batch-tokens", 40)
     for row in steps_of(tmp_path / "run"):
-        assert row["groups_kept"] == 4 and row["success_rate"] == 0.5 and row["updates"] == 2
-        scored = {"tau", "eta", "selected_share"}
-        for metric in UPDATE_METRICS:
-            assert (row[metric] is None) == (metric in scored and method not in ("nthr", "random")), metric
-        if length:
-            assert row["response_length"] == length and row["truncated_share"] == truncated
-            # π = 1 of what is sampled: no error e_y − π, so no score, no gradient, no likelihood to gain
-            assert row["nll"] == row["kl"] == row["delta_mean"] == 0 and row["grad_norm"] < 1e-10
-            if method in ("nthr", "random"):
-                assert abs(row["tau"]) < 1e-10
-    assert (largest_move(tmp_path / "run", models[name]) < 1e-9) == bool(length)       # else by 1e-3 = lr and more
+        assert row["questions"] == row["groups_kept"] == row["updates"] == 1 and row["success_rate"] == 0.5
+    assert largest_move(tmp_path / "run", models["any"]) > 0
+
+
+@pytest.mark.parametrize("right", [0, 1])
+@pytest.mark.parametrize("method", ["nthr", "grpo"])
+def test_batches_without_a_mixed_group_update_nothing_and_then_training_goes_on(method, right, models, tmp_path):
+    """All wrong, or all right, for three steps with a checkpoint after them; then every second response is right."""
+    sampled = 2 + 3 * 2 * 16 + 2                                               # two evaluations, three steps of two rounds
+    reward = reward_file(tmp_path, f"n % 2 if n >= {sampled} else {right}")
+    run_here(*flags_for(models["any"], reward, tmp_path / "run", steps=3), "--method", method, "--sampling-rounds", 2)
+    for row in steps_of(tmp_path / "run"):
+        assert row["groups_kept"] == 0 and row["success_rate"] == right and row["questions"] == 8
+        assert all(row[metric] is None for metric in UPDATE_METRICS)
+    assert largest_move(tmp_path / "run", models["any"]) == 0
+    assert trainer_state(tmp_path / "run")["optimizer"]["state"] == {}
+    run_here("--resume", tmp_path / "run", "--steps", 5)
+    for row in steps_of(tmp_path / "run")[3:]:
+        assert row["groups_kept"] == 4 and row["updates"] == 2 and row["questions"] == 4
+    assert largest_move(tmp_path / "run", models["any"]) > 0
+
+
+@pytest.mark.parametrize("family", ["rotary", "learned"])
+@pytest.mark.parametrize("room, longest", [(LONGEST, LONGEST), (1, 1), (LONGEST - 1, LONGEST), (0, 1), (-1, 1)])
+def test_a_prompt_that_leaves_room_for_the_response_works_and_a_longer_one_is_named(family, room, longest, tmp_path):
+    """Learned positions are rows of a table, so that one position too many would be an index error."""
+    problem = "1+2*3-4"
+    length = len(train.encode_prompt(TOKENIZER, problem, ""))
+    sizes = SIZES | {"max_position_embeddings": length + room}
+    config = Qwen2Config(**sizes) if family == "rotary" else OPTConfig(ffn_dim=48, word_embed_proj_dim=32, **sizes)
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"problem": text, "answer": 1}) + "\n" for text in ("1", problem)))
+    flags = [*flags_for(save(config, tmp_path / "model"), reward_file(tmp_path, "n % 2"), tmp_path / "run", steps=1),
+             "--data", data, "--eval-data", data, "--max-new-tokens", longest, "--group-size", 16]
+    if room >= longest:
+        run_here(*flags)
+        row, = steps_of(tmp_path / "run")
+        assert row["updates"] == 2 and row["truncated_share"] > 0              # some went on to the end of the context
+    else:
+        message = error_of(*flags, starts=True)
+        for words in (problem, f"takes {length} tokens", f"--max-new-tokens {longest}", f"context of {length + room}"):
+            assert words in message
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e30])
+@pytest.mark.parametrize("method", ["nthr", "grpo"])
+def test_temperatures_at_which_every_token_is_certain_or_every_one_as_likely(method, temperature, models, tmp_path):
+    run_here(*flags_for(models["any"], reward_file(tmp_path, "n % 2"), tmp_path / "run"), "--method", method,
+             "--temperature", temperature)
+    for row in steps_of(tmp_path / "run"):
+        assert row["groups_kept"] == 4 and row["updates"] >= 1
+        if temperature == 1e30:                                                # −ln π = ln V, for half of the responses
+            assert row["nll"] == pytest.approx(math.log(SIZES["vocab_size"]) / 2, rel=0.2)
+
+
+def test_a_temperature_that_float32_cannot_divide_by_is_named(models, tmp_path):
+    with pytest.raises(FloatingPointError, match="at temperature 1e-38 are not finite.*too low"):
+        run_here(*flags_for(models["any"], reward_file(tmp_path, "n % 2"), tmp_path / "run"), "--temperature", 1e-38)
 
 
 # ------------------------------------------------------------------------------------------------- 10. a long run

@@ -61,7 +61,7 @@ def exact_and_bound(group, vocabulary="all", temperature=1.0):
     To first order, a float32 sum of n products is off by at most n ε Σ|terms|, ε = 2⁻²³. So a logit is off by d ε L,
     L = max_v Σ_j |w_vj h_j| / temperature. With the normaliser, a sum over V, and the exponential, π is wrong by a
     factor of at most 1 + ρ, ρ = ε (2 (d + 3) L + V + |ln π_y| + 4), and an entry of e_y − π by ρ (e_y + π). s is a sum
-    over N⁺ tokens, the columns and d: off by (2 ρ + (N⁺ + columns + d + 3) ε) Σ_a ⟨e_y + π_a, e_y + π_b⟩ ⟨|h_a|, |h_b|⟩.
+    over N⁺ tokens, the columns and d: off by (2 ρ + (N⁺ + columns + d + 3) ε) Σ_a ⟨e_y + π_a, e_y + π_b⟩ |h_a|ᵀ|h_b|.
     The dtype does not enter: half-precision input is exact in float32, and all arithmetic is float32."""
     mask, correct, W = group.mask, group.correct, group.lm_head.double()
     h, y = group.hidden[mask].double(), group.tokens[mask]                     # (N, d), (N,)
