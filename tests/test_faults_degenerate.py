@@ -166,7 +166,7 @@ def test_one_question_per_batch_with_the_smallest_group_and_a_large_one(method, 
 @pytest.mark.parametrize("method", ["nthr", "grpo"])
 def test_batches_without_a_mixed_group_update_nothing_and_then_training_goes_on(method, right, models, tmp_path):
     """All wrong, or all right, for three steps with a checkpoint after them; then every second response is right."""
-    sampled = 2 + 3 * 2 * 16 + 2                                               # two evaluations, three steps of two rounds
+    sampled = 2 + 3 * 2 * 16 + 2                                               # evaluations, three steps of two rounds
     reward = reward_file(tmp_path, f"n % 2 if n >= {sampled} else {right}")
     run_here(*flags_for(models["any"], reward, tmp_path / "run", steps=3), "--method", method, "--sampling-rounds", 2)
     for row in steps_of(tmp_path / "run"):

@@ -85,19 +85,21 @@ def assert_within(actual, expected, bound):
     assert ((actual.double() - expected).abs() <= bound).all()
 
 
-def selection(group, beta=1.0, eta=0.0, vocabulary="responses", advantages=None):
+def selection(group, beta=1.0, eta="2|0.5-p|", vocabulary="responses", advantages=None):
     advantages = torch.ones(group.mask.shape) if advantages is None else advantages
     return nthr_advantages(advantages, *group, beta=beta, eta=eta, vocabulary=vocabulary)
 
 
-def decided(group, vocabulary="responses"):
-    """(G, T) bool: tokens so far from τ (β = 1) that no rounding could move them over it."""
+def eq_8(group, vocabulary="responses"):
+    """(G, T) bool, twice: V⁻ for β = 1 in float64, and where a token is so far from τ that no rounding could change it.
+
+    The mean of T float32 numbers is off by T ε times the largest, besides their own bounds."""
     scores, bound = exact_and_bound(group, vocabulary)
     rows = group.correct & group.mask.any(1)
     mean, error = ((x.sum(1) / group.mask.sum(1))[rows] for x in (scores, bound))
-    # the mean in float32 of T scores adds T ε times their size; either side may be off by its own bound
     slack = 2 * (bound + error.max() + group.mask.shape[1] * EPS * scores.abs().max())
-    return (scores - mean.min()).abs() > slack
+    negative = group.mask & ~group.correct[:, None]
+    return negative & (scores > mean.min()), (scores - mean.min()).abs() > slack
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -111,6 +113,9 @@ def test_scores_are_eq_7_in_float64_up_to_the_rounding_of_float32(seed, dtype):
                 scores = nthr_scores(*group, logprobs, vocabulary, temperature, chunk_size)
                 assert scores.dtype == torch.float32
                 assert_within(scores, expected, bound)
+        if seed % 5:                                                           # Eq. 8 for the tokens of no doubt, too
+            selected, sure = eq_8(group, vocabulary)
+            assert torch.equal(selection(group, vocabulary=vocabulary).selected[sure], selected[sure])
     whole = Group(group.hidden.double(), *group[1:4], group.lm_head.double())
     torch.testing.assert_close(nthr_scores_pairwise(*whole), exact_and_bound(group)[0], rtol=1e-9, atol=1e-9)
     assert_within(nthr_scores_pairwise(*group), *exact_and_bound(group))
@@ -134,7 +139,7 @@ def test_the_random_groups_hold_the_cases_that_matter_and_the_bound_is_narrow():
     for group in groups:
         exact, bound = exact_and_bound(group)
         ratios.append((bound.max() / exact.abs().max()).item())
-        shares.append(decided(group)[group.mask].float().mean().item())
+        shares.append(eq_8(group)[1][group.mask].float().mean().item())
     assert max(ratios) < 0.05 and sorted(ratios)[len(ratios) // 2] < 1e-3
     assert sorted(shares)[len(shares) // 2] > 0.9
 
@@ -186,14 +191,15 @@ def rearranged(group, generator):
 def test_order_padding_and_the_numbering_of_the_vocabulary_change_nothing(seed, vocabulary, dtype):
     group = random_group(seed, dtype)
     expected, bound = exact_and_bound(group, vocabulary)
-    sure, result = decided(group, vocabulary), selection(group, vocabulary=vocabulary)
+    selected, sure = eq_8(group, vocabulary)
+    eta = 2 * abs(0.5 - group.correct.double().mean().item())
     for name, other, place in rearranged(group, torch.Generator().manual_seed(seed)):
         found, real = selection(other, vocabulary=vocabulary), place >= 0
         assert_within(found.scores[real], expected.flatten()[place[real]], bound.flatten()[place[real]])
         assert not found.scores[~real].any() and not found.selected[~real].any(), name
         certain = sure.flatten()[place[real]]
-        assert torch.equal(found.selected[real][certain], result.selected.flatten()[place[real]][certain]), name
-        assert found.eta == result.eta
+        assert torch.equal(found.selected[real][certain], selected.flatten()[place[real]][certain]), name
+        assert found.eta == pytest.approx(eta)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -205,7 +211,7 @@ def test_a_group_listed_twice_has_twice_the_scores_and_the_same_selection(seed, 
     Listing only the wrong responses twice changes no score (but p); only the correct ones: as for the whole group."""
     group = random_group(seed, dtype)
     expected, bound = exact_and_bound(group, vocabulary)
-    sure, result, G = decided(group, vocabulary), selection(group, vocabulary=vocabulary), len(group.mask)
+    (selected, sure), G = eq_8(group, vocabulary), len(group.mask)
     for twice, factor in ((torch.arange(G), 2), ((~group.correct).nonzero()[:, 0], 1),
                           (group.correct.nonzero()[:, 0], 2)):
         rows = torch.cat([torch.arange(G), twice])
@@ -213,10 +219,9 @@ def test_a_group_listed_twice_has_twice_the_scores_and_the_same_selection(seed, 
         double = Group(*[x[rows] for x in group[:4]], group.lm_head)
         found = selection(double, vocabulary=vocabulary)
         assert_within(found.scores, factor * expected[rows], exact_and_bound(double, vocabulary)[1])
-        certain = sure[rows] & decided(double, vocabulary)
-        assert torch.equal(found.selected[certain], result.selected[rows][certain])
-        if len(twice) == G:
-            assert found.eta == result.eta
+        certain = sure[rows] & eq_8(double, vocabulary)[1]
+        assert torch.equal(found.selected[certain], selected[rows][certain])
+        assert found.eta == pytest.approx(2 * abs(0.5 - group.correct[rows].double().mean().item()))
 
 
 BETAS = (-math.inf, -1e300, -2.0, -0.5, 0.0, 1e-3, 0.1, 0.5, 1.0, 2.0, 30.0, 1e300)
@@ -274,6 +279,15 @@ def test_eta_1_gives_the_advantages_back_bit_for_bit_and_others_touch_the_select
         assert torch.equal(result.advantages[~result.selected], advantages[~result.selected])
         assert torch.equal(result.advantages[result.selected], advantages[result.selected] / 4)    # exact in binary
         assert not (result.selected & (group.correct[:, None] | ~group.mask)).any()
+
+
+def test_a_smallest_mean_of_zero_makes_tau_zero_for_every_finite_beta():
+    """States of 0 have scores of 0; a β that float32 cannot hold is finite all the same."""
+    tokens, correct = torch.zeros(2, 3, dtype=torch.long), torch.tensor([1, 0])
+    args = torch.zeros(2, 3, 4), tokens, torch.ones(2, 3), correct, torch.ones(5, 4)
+    for beta in BETAS[1:]:
+        result = nthr_advantages(torch.ones(2, 3), *args, beta=beta, eta=0)
+        assert result.tau == 0 and not result.selected.any()
 
 
 def test_scores_that_float32_cannot_hold_are_an_error_and_not_infinite():
