@@ -27,7 +27,7 @@ class Group(NamedTuple):
 def random_group(seed, dtype=torch.float32, mixed=True):
     """G 2 to 16, T 1 to 12, V 2 to 60, d 1 to 20, rows of any length from 0, garbage on padding.
 
-    mixed: a correct and a wrong response have a token; else nobody, or everybody, may be right."""
+    mixed: a correct and a wrong response have a token; else none, all, or any may be right."""
     generator = torch.Generator().manual_seed(seed)
 
     def integer(low, high):
@@ -41,7 +41,7 @@ def random_group(seed, dtype=torch.float32, mixed=True):
     lengths = torch.randint(0, T + 1, (G,), generator=generator)
     mask = torch.arange(T) < lengths[:, None]
     tokens = torch.randint(0, V, (G, T), generator=generator)
-    correct = torch.randint(0, 2, (G,), generator=generator).bool()
+    correct = torch.rand(G, generator=generator) < (0.5 if mixed else integer(0, 2) / 2)
     if mixed:
         correct[:2], mask[:2, 0] = torch.tensor([True, False]), True           # a correct token, and a wrong one
     hidden[~mask], tokens[~mask] = (math.nan, math.inf)[seed % 2], (-100, 10 ** 9)[seed % 2]
@@ -135,6 +135,7 @@ def test_the_random_groups_hold_the_cases_that_matter_and_the_bound_is_narrow():
     G, T, V, d = zip(*[(*group.mask.shape, *group.lm_head.shape) for group in groups])
     assert min(G) == 2 and max(G) == 16 and min(T) == 1 and min(V) <= 3 and min(d) == 1
     assert any(not group.mask.any(1).all() for group in groups) and any(not group.mask.all() for group in groups)
+    assert {0, 1} < {random_group(seed, mixed=False).correct.double().mean().item() for seed in SEEDS[::5]}
     ratios, shares = [], []
     for group in groups:
         exact, bound = exact_and_bound(group)
