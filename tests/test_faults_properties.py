@@ -280,6 +280,8 @@ def test_eta_1_gives_the_advantages_back_bit_for_bit_and_others_touch_the_select
         assert torch.equal(result.advantages[~result.selected], advantages[~result.selected])
         assert torch.equal(result.advantages[result.selected], advantages[result.selected] / 4)    # exact in binary
         assert not (result.selected & (group.correct[:, None] | ~group.mask)).any()
+        if group.correct.all() or not group.correct.any():                     # β = −∞ included
+            assert not result.selected.any() and not result.scores.any() and result.eta == 1
 
 
 def test_a_smallest_mean_of_zero_makes_tau_zero_for_every_finite_beta():
