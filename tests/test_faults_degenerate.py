@@ -154,7 +154,7 @@ def test_identical_responses_to_one_question_half_of_them_right(method, group_si
 @pytest.mark.parametrize("group_size", [2, 64])
 @pytest.mark.parametrize("method", METHODS)
 def test_one_question_per_batch_with_the_smallest_group_and_a_large_one(method, group_size, models, tmp_path):
-    """The micro-batches hold a part of the group: one response each at first."""
+    """The micro-batches hold only a part of the large group."""
     run_here(*flags_for(models["any"], reward_file(tmp_path, "n % 2"), tmp_path / "run"), "--method", method,
              "--batch-size", 1, "--minibatch-size", 1, "--group-size", group_size, "--micro-batch-tokens", 40)
     for row in steps_of(tmp_path / "run"):
