@@ -150,14 +150,14 @@ def nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs=None, vocabular
         for c in positive.split(chunk_size):
             M.addmm_(prediction_error(c).T, h[c].to(dtype))
         s = torch.cat([((prediction_error(c) @ M) * h[c].to(dtype)).sum(-1) for c in chunks])  # (e_y − π)ᵀ M⁺ h
-    finite = s.isfinite().all()
+    finite = s.float().isfinite().all()                                        # as they are returned
     if not finite:
         _check_finite(h)
     if mass.mean() > 1.2:                                                      # V*_x ⊂ V: at most 1 up to rounding
-        raise ValueError("logprobs are not log softmax(lm_head · hidden / temperature) of these tokens: pass matching "
-                         "ones or None (another temperature, shifted hidden states, soft-capped logits, a head bias?)")
+        raise ValueError("logprobs are not log softmax(lm_head · hidden / temperature) of these tokens: pass None "
+                         "(a temperature that is another or tiny, shifted states, soft-capped logits, a head bias?)")
     if not finite:
-        raise ValueError("scores are not finite: lm_head holds NaN or infinity, or its logits overflow")
+        raise ValueError("scores are not finite: lm_head holds NaN or infinity, or its logits or the scores overflow")
     scores[mask] = s.float()
     return scores
 
@@ -174,7 +174,7 @@ def nthr_threshold(scores, mask, correct, beta=1.0):
         return scores.new_tensor(math.inf)
     if beta == -math.inf:                                                      # −∞ · 0 would be NaN
         return scores.new_tensor(-math.inf)
-    return beta * ((scores * mask).sum(-1)[rows] / lengths[rows]).min()
+    return scores.new_tensor(beta * ((scores * mask).sum(-1)[rows] / lengths[rows]).min().item())  # 1e39 · 0 = 0
 
 
 def nthr_eta(success_rate, rule="2|0.5-p|"):

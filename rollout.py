@@ -88,7 +88,8 @@ def _sample(logits, temperature, generator):
     token = torch.div(pi, race, out=race).argmax(dim=-1)                       # first of V arrivals with rates π
     logprob = pi.gather(1, token[:, None])[:, 0].log()
     if not logprob.isfinite().all():
-        raise FloatingPointError("the model's logits are not finite: its weights are damaged or training diverged")
+        raise FloatingPointError(f"the model's logits at temperature {temperature} are not finite: its weights are "
+                                 "damaged, training diverged, or the temperature is too low")
     return token, logprob
 
 
