@@ -174,7 +174,7 @@ def nthr_threshold(scores, mask, correct, beta=1.0):
         return scores.new_tensor(math.inf)
     if beta == -math.inf:                                                      # −∞ · 0 would be NaN
         return scores.new_tensor(-math.inf)
-    return scores.new_tensor(beta * ((scores * mask).sum(-1)[rows] / lengths[rows]).min().item())  # 1e39 · 0 = 0
+    return beta * ((scores * mask).sum(-1)[rows] / lengths[rows]).min()
 
 
 def nthr_eta(success_rate, rule="2|0.5-p|"):

@@ -582,10 +582,14 @@ def old_policy_pass(model, reference, rollout, rewards, args, step, timer):
                 for group in rows.split(args.group_size):
                     t = max(1, int(mask[group].sum(1).max()))
                     A, m = advantages[group, :t], mask[group, :t]
-                    result = nthr_advantages(
-                        A, hidden[group - first, :t], rollout.response_ids[group, :t], m, correct[group], lm_head,
-                        logprobs=old[group, :t], beta=args.beta, eta=args.eta, vocabulary=args.nthr_vocab,
-                        temperature=args.temperature)
+                    try:
+                        result = nthr_advantages(
+                            A, hidden[group - first, :t], rollout.response_ids[group, :t], m, correct[group], lm_head,
+                            logprobs=old[group, :t], beta=args.beta, eta=args.eta, vocabulary=args.nthr_vocab,
+                            temperature=args.temperature)
+                    except ValueError as error:                                # of numbers: the rest fits
+                        raise FloatingPointError(f"NTHR cannot score the answers of step {step}, which --dtype float32 "
+                                                 f"or a higher --temperature may mend: {error}") from None
                     advantages[group, :t] = result.advantages
                     if args.method == "random":
                         chosen = random_selection(result.selected, m, correct[group], generator)
@@ -1112,6 +1116,9 @@ def run(args):
     if stopped:
         print(f"stopped after step {saved}; continue with: {resume(args)}")
         sys.exit(128 + (signals or [signal.SIGINT])[0])
+    if not optimizer.state and not state["nonfinite"]:                         # AdamW has its moments from the first update
+        tqdm.write("warning: no update was made, as no question had both right and wrong answers: look at --reward and "
+                   "--data, or draw more with --group-size or --sampling-rounds", file=sys.stderr)
     print(f"done: metrics in {args.out}/metrics.jsonl, the model in {args.out}/checkpoint")
 
 

@@ -214,6 +214,19 @@ def test_temperatures_at_which_every_token_is_certain_or_every_one_as_likely(met
             assert row["nll"] == pytest.approx(math.log(SIZES["vocab_size"]) / 2, rel=0.2)
 
 
+def test_rounding_that_spoils_the_scores_is_named_and_not_a_traceback(models, tmp_path):
+    """At so low a temperature the logits of bfloat16, divided by it, are far from those of float32."""
+    flags = flags_for(models["any"], reward_file(tmp_path, "n % 2"), tmp_path / "run", steps=3)
+    message = error_of(*flags, "--temperature", 1e-3, "--dtype", "bfloat16", starts=True)
+    assert "cannot score the answers of step" in message and "--dtype float32" in message and "--resume" in message
+
+
+@pytest.mark.parametrize("rule, warned", [("1", True), ("n % 2", False)])
+def test_a_run_that_made_no_update_says_so(rule, warned, models, tmp_path, capsys):
+    run_here(*flags_for(models["any"], reward_file(tmp_path, rule), tmp_path / "run"))
+    assert ("warning: no update was made" in capsys.readouterr().err) == warned
+
+
 def test_an_infinite_threshold_is_null(models, tmp_path):
     run_here(*flags_for(models["any"], reward_file(tmp_path, "n % 2"), tmp_path / "run", steps=1), "--beta=-inf")
     row, = steps_of(tmp_path / "run")

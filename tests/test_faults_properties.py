@@ -284,15 +284,6 @@ def test_eta_1_gives_the_advantages_back_bit_for_bit_and_others_touch_the_select
             assert not result.selected.any() and not result.scores.any() and result.eta == 1
 
 
-def test_a_smallest_mean_of_zero_makes_tau_zero_for_every_finite_beta():
-    """States of 0 have scores of 0; a β that float32 cannot hold is finite all the same."""
-    tokens, correct = torch.zeros(2, 3, dtype=torch.long), torch.tensor([1, 0])
-    args = torch.zeros(2, 3, 4), tokens, torch.ones(2, 3), correct, torch.ones(5, 4)
-    for beta in BETAS[1:]:
-        result = nthr_advantages(torch.ones(2, 3), *args, beta=beta, eta=0)
-        assert result.tau == 0 and not result.selected.any()
-
-
 def test_scores_that_float32_cannot_hold_are_an_error_and_not_infinite():
     hidden, lm_head = torch.full((2, 1, 1), 1e22, dtype=torch.float64), torch.tensor([[0.0], [1e-22]]).double()
     args = hidden, torch.tensor([[1], [0]]), torch.ones(2, 1), torch.tensor([1, 0]), lm_head
