@@ -109,7 +109,8 @@ def main(argv=None):
     common.write_csv(out / "curves.csv", curves)
     plot(curves, out / "curves.png")
     groups = dict.fromkeys(row["group"] for row in curves)
-    print(f"{len(found)} runs in {len(groups)} groups ({'; '.join(groups)}): {out}/curves.png, {out}/curves.csv")
+    names = train.printable("; ".join(groups))
+    print(f"{len(found)} runs in {len(groups)} groups ({names}): {out}/curves.png, {out}/curves.csv")
 
 
 if __name__ == "__main__":
