@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-MAX_CHARS, MAX_DEPTH, MAX_STEPS, MAX_BITS = 1000, 20, 1000, 8000
+MAX_CHARS, MAX_DEPTH, MAX_STEPS, MAX_BITS = 1000, 20, 500, 8000
 MAX_UNORDERED, MAX_LEAVES, MAX_BOX = 40, 200, 100_000
 TOLERANCE = 1e-11  # relative, between values that are not both rational
 TRIALS = 4  # sets of generic numbers for the letters
@@ -601,7 +601,7 @@ def is_equivalent(answer, gold):
             short = max(len(answer), len(gold)) <= MAX_BOX
             return answer == gold or short and "".join(answer.split()) == "".join(gold.split())
         if not _tokens(answer) or _tokens(answer) == _tokens(gold):
-            return _tokens(answer) != () or answer == gold and answer.strip("$ ") != ""
+            return _tokens(answer) != () or answer == gold and answer.replace("$", "").strip() != ""
         if _equal(answer, gold):
             return True
         for a, b in ((answer, gold), (gold, answer)):  # 100,200,300 may also be a list, if b is one

@@ -51,7 +51,8 @@ def group_name(source, config, keys):
     for key in keys:
         if key not in config:
             train.fail(f"--group-by {key}: not in the config.json of {source}, which has {', '.join(config)}")
-    return ", ".join(str(config[key]) if key == "method" else f"{key} {config[key]}" for key in keys)
+    name = ", ".join(str(config[key]) if key == "method" else f"{key} {config[key]}" for key in keys)
+    return train.printable(name)
 
 
 def average(runs):
@@ -109,8 +110,7 @@ def main(argv=None):
     common.write_csv(out / "curves.csv", curves)
     plot(curves, out / "curves.png")
     groups = dict.fromkeys(row["group"] for row in curves)
-    names = train.printable("; ".join(groups))
-    print(f"{len(found)} runs in {len(groups)} groups ({names}): {out}/curves.png, {out}/curves.csv")
+    print(f"{len(found)} runs in {len(groups)} groups ({'; '.join(groups)}): {out}/curves.png, {out}/curves.csv")
 
 
 if __name__ == "__main__":
