@@ -28,19 +28,20 @@ import curves  # noqa: E402
 # ---- 8. hostile data and responses
 
 ANSWERS = sorted({text for pair in EQUAL + DIFFERENT for text in pair})
-FRAGMENTS = [  # all that the parser knows, and what it does not
+FRAGMENTS = sorted([  # all that the parser knows, and what it does not; sorted, as some of it comes from sets
     *"0123456789+-*/^_(){}[]|,.=<>!xyzeinfg'& \"~$%;:\\\n\t\r\0\1\2", *map(chr, reward.UNICODE),
     *(text for pair in reward.REWRITES for text in pair), *reward.DROPPED, *reward.FUNCTIONS, *reward.LETTERS,
     *reward.RELATIONS, *reward.UNITS, *reward.PLAIN, *reward.CLOSERS, *("\\" + name for name in reward.ALIASES),
     *("\\" + name + "{" for name in reward.TEXT), "\\rfloor", "\\rceil", "{1\\over ", "{5\\choose ", "\\frac",
     "\\frac12", "\\frac{1}{", "\\sqrt", "\\sqrt[3]{", "\\sqrt[", "\\binom", "\\binom{800}{400}", "\\pm", "\\cup", "\\{",
     "\\}", "\\\\", "^{", "_{", "\\left(", "\\right)", "\\left|", "\\boxed{", "\\fbox", "\\begin{pmatrix}1&2",
-    "\\end{pmatrix}", "\\begin{array}{cc}", "\\begin{vmatrix}", "\\\\[4pt]", "\\log_", "\\sin^2 ", "\\tan^{-1}", "x \\in ",
-    "f(x)=", "(-\\infty,2]", "0.\\overline{3}", "0.\\overline{", "\\overline{", "x_{12}", "12_5", "1,000", "1 000", "100,200",
-    "3 1/2", "1\\frac12", " and ", " or ", "(C)", "III", "10:30", "miles per hour", "9" * 1000, "9" * 4400, "9^{9^9}",
-    "2^{2000}", "899!", "1e999", "1e-999", "10^{400}", "10^{-320}", "0^0", "1/0", "nan", "inf", "(-8)^{1/3}",
-    "e^{i\\pi}", "{" * 50, "(" * 50, "\\{" * 30, "2^" * 40, "1," * 45, "-" * 60, "\ud800", "\udfff", "\x1b[2J",
-    "\x1b]0;x\x07", "\x9b", "\u202e", "\u200f", "\u200b", "\u2028", "\x85", "\ufeff", "٣", "①", "𝟙", "Ⅳ", "ſ", "İ", "ß"]
+    "\\end{pmatrix}", "\\begin{array}{cc}", "\\begin{vmatrix}", "\\\\[4pt]", "\\log_", "\\sin^2 ", "\\tan^{-1}",
+    "x \\in ", "f(x)=", "(-\\infty,2]", "0.\\overline{3}", "0.\\overline{", "\\overline{", "x_{12}", "12_5",
+    "1,000", "1 000", "100,200", "3 1/2", "1\\frac12", " and ", " or ", "(C)", "III", "10:30", "miles per hour",
+    "9" * 1000, "9" * 4400, "9^{9^9}", "2^{2000}", "899!", "1e999", "1e-999", "10^{400}", "10^{-320}", "0^0", "1/0",
+    "nan", "inf", "(-8)^{1/3}", "e^{i\\pi}", "{" * 50, "(" * 50, "\\{" * 30, "2^" * 40, "1," * 45, "-" * 60, "\ud800", "\udfff",
+    "\x1b[2J", "\x1b]0;x\x07", "\x9b", "\u202e", "\u200f", "\u200b", "\u2028", "\x85", "\ufeff", "٣", "①", "𝟙", "Ⅳ",
+    "ſ", "İ", "ß"])
 
 
 def mutated(rng, text):
@@ -147,7 +148,8 @@ def test_answers_that_were_slow_to_compare_are_not(name):
 @pytest.mark.parametrize("start, unit, end", [
     ("\\boxed ", "$", ""), ("\\boxed", " ", "{5}"), ("\\boxed ", "a ", ""), ("\\boxed{", "{}", "}"), 
     ("\\boxed{", "\\\\", "}"), ("\\boxed{", "a ", "}"), ("\\boxed{", "\\boxed{", ""), ("\\boxed{", "123 ", "}"),
-    ("", "é ", ""), ("\\boxed{", "é{", ""), ("\\boxed{" * 1000, "}", ""), ("", "\\boxed", ""), ("", "\\", "")], ids=repr)
+    ("", "é ", ""), ("\\boxed{", "é{", ""), ("\\boxed{" * 1000, "}", ""), ("", "\\boxed", ""),
+    ("", "\\", "")], ids=repr)
 def test_long_responses_are_read_in_time(start, unit, end, size):
     text = start + unit * (size // len(unit)) + end
     in_time(extract_answer, text)
@@ -163,6 +165,10 @@ def test_a_box_is_read_up_to_its_limit_and_texts_beyond_the_parser_are_compared_
     assert extract_answer(f"so \\boxed{{{content}}}.") == content
     assert extract_answer(f"so \\boxed{{{content}9}}.") is None
     assert is_equivalent("x + " * 600 + "1", "x+" * 600 + "1") and not is_equivalent("x+" * 600 + "1", "x+" * 600 + "2")
+
+
+def test_an_answer_of_more_than_the_most_steps_is_not_computed():
+    assert is_equivalent("ii " * (reward.MAX_STEPS // 2), "1") and not is_equivalent("ii " * 300, "1")   # i^600 = 1
 
 
 @pytest.mark.parametrize("n", [5, 20])
@@ -204,6 +210,13 @@ def spelled(rng, value):
         digits = f"{top * 10**6 // bottom:07d}"
         texts += [f"{digits[:-6]}.{digits[-6:]}", f"{digits[:-6]}.{digits[-6:]}".rstrip("0") + "0", f"{digits}e-6",
                   f"{digits} \\cdot 10^{{-6}}"]
+    period = next(((d, p) for d in (0, 1, 2) for p in (1, 2, 3, 6) if bottom > 1
+                   and (abs(value) * 10**d * (10**p - 1)).denominator == 1), None)
+    if period:
+        d, p = period
+        digits, rest = divmod(abs(value) * 10**d, 1)
+        whole, decimals = divmod(digits, 10**d)
+        texts.append(f"{whole}.{f'{decimals:0{d}}' if d else ''}\\overline{{{int(rest * (10**p - 1)):0{p}}}}")
     if top > bottom > 1:
         texts.append(f"{top // bottom}\\frac{{{top % bottom}}}{{{bottom}}}")
     return "-" * (value < 0) + rng.choice(texts)
@@ -543,8 +556,9 @@ def test_only_the_users_own_reward_is_run():
     "from runpy import run_path", "spec.loader.exec_module(module)", "torch.load(path)",
     "torch.load(path, weights_only=False)", "torch.load(path, weights_only=flag)", "torch.load(path, **options)",
     "np.load(path, allow_pickle=True)", "os.system(x)", "os.popen(x)", "subprocess.run(x, shell=True)",
-    "subprocess.Popen(x, shell=flag)", "subprocess.getoutput(x)", "torch.hub.load(repository, name)", "AutoModel.from_pretrained(name)",
-    "AutoModel.from_pretrained(name, trust_remote_code=True)", "load(AutoConfig, name, trust_remote_code=args.trust)",
+    "subprocess.Popen(x, shell=flag)", "subprocess.getoutput(x)", "torch.hub.load(repository, name)",
+    "AutoModel.from_pretrained(name)", "AutoModel.from_pretrained(name, trust_remote_code=True)",
+    "load(AutoConfig, name, trust_remote_code=args.trust)",
     "options = {'trust_remote_code': True}", "config.trust_remote_code = True",
     "load(AutoModelForCausalLM, name, dtype=dtype)", "load(AutoModelForCausalLM, name, use_safetensors=None)",
     f"URL = '{WEB}raw.githubusercontent.com/owner/name/main/data.json'", f"f'{WEB}example.org/{{name}}'",
