@@ -146,7 +146,7 @@ def test_answers_that_were_slow_to_compare_are_not(name):
 
 @pytest.mark.parametrize("size", [10**4, 10**6, 10**7])
 @pytest.mark.parametrize("start, unit, end", [
-    ("\\boxed ", "$", ""), ("\\boxed", " ", "{5}"), ("\\boxed ", "a ", ""), ("\\boxed{", "{}", "}"), 
+    ("\\boxed ", "$", ""), ("\\boxed", " ", "{5}"), ("\\boxed ", "a ", ""), ("\\boxed{", "{}", "}"),
     ("\\boxed{", "\\\\", "}"), ("\\boxed{", "a ", "}"), ("\\boxed{", "\\boxed{", ""), ("\\boxed{", "123 ", "}"),
     ("", "é ", ""), ("\\boxed{", "é{", ""), ("\\boxed{" * 1000, "}", ""), ("", "\\boxed", ""),
     ("", "\\", "")], ids=repr)
