@@ -11,8 +11,9 @@ units and %, unless both answers have a unit and the units differ.
 Refused: rounded decimals, 50\% for 0.5, a tuple for a list, 12_5 for 12, a repeated list element, arithmetic with
 infinity, a longer text that contains the answer.
 Limits: answers of over MAX_CHARS characters, MAX_DEPTH levels, MAX_STEPS atoms or numbers over MAX_BITS bits are
-compared as text, lists of over MAX_UNORDERED elements in order. \log has base 10, 1/2x is (1/2)x, up to three letters
-are a product, any plural after a number is a unit, and (y,x)=(2,4) names (2,4).
+compared as text, lists of over MAX_UNORDERED elements or MAX_LEAVES parts in order; a box of over MAX_BOX characters
+is not read. \log has base 10, 1/2x is (1/2)x, up to three letters are a product, any plural after a number is a unit,
+and (y,x)=(2,4) names (2,4).
 """
 
 import cmath
@@ -22,8 +23,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-MAX_CHARS, MAX_DEPTH, MAX_STEPS, MAX_BITS = 1000, 20, 2000, 8000
-MAX_UNORDERED, MAX_BRACES = 40, 100_000
+MAX_CHARS, MAX_DEPTH, MAX_STEPS, MAX_BITS = 1000, 20, 500, 8000
+MAX_UNORDERED, MAX_LEAVES, MAX_BOX = 40, 200, 100_000
 TOLERANCE = 1e-11  # relative, between values that are not both rational
 TRIALS = 4  # sets of generic numbers for the letters
 
@@ -92,18 +93,18 @@ def extract_answer(response):
     r"""Return the content of the last \boxed, \fbox or \framebox of `response`, or None.
 
     The last box is the one that begins last: of nested boxes, the inner one. A box without braces holds the text up
-    to the next space or $. None: no box, the last one never closes or holds over MAX_BRACES closing braces, or
-    `response` is not a str. Raises nothing.
+    to the next space or $. None: no box, the last one does not close within MAX_BOX characters, or `response` is not a
+    str. Raises nothing.
     """
     if not isinstance(response, str):
         return None
     start = max(map(response.rfind, ("\\boxed", "\\fbox", "\\framebox")))
-    rest = response[start:].partition("ox")[2].removeprefix("ed").lstrip() if start >= 0 else ""
+    rest = response[start:start + MAX_BOX].partition("ox")[2].removeprefix("ed").lstrip() if start >= 0 else ""
     if not rest.startswith("{"):
-        return next(iter(rest.split("$")[0].split(maxsplit=1)), None)
+        return next(iter(rest.partition("$")[0].split(maxsplit=1)), None)
     visible = rest.replace("\\\\", "  ").replace("\\{", "  ").replace("\\}", "  ")  # escaped braces are text
     depth = end = 0
-    for piece in visible.split("}", MAX_BRACES)[:-1]:
+    for piece in visible.split("}")[:-1]:
         depth += piece.count("{") - 1
         end += len(piece) + 1
         if depth == 0:
@@ -122,9 +123,10 @@ def _number(text, start, in_brackets):
     r"""Read 12, 1,000, 1 000, .5, 0.\overline{3} or 5.3e-9: return its exact value and its end."""
     end = _run(text, start, DIGITS)
     digits, mark, decimals, period = text[start:end], text[end], "", ""
-    if mark == " " or mark == "," and text[start - 1] != "," and not in_brackets:
+    may_group = mark == " " or mark == "," and text[start - 1] != "," and not in_brackets
+    if may_group and len(digits) < 4 and digits[:1] > "0" and _run(text, end + 1, DIGITS) == end + 4:
         groups = text[start:_run(text, start, DIGITS + mark)].rstrip(mark).split(mark)
-        if len(groups[0]) < 4 and groups[0][:1] > "0" and all(len(group) == 3 for group in groups[1:]):
+        if all(len(group) == 3 for group in groups[1:]):
             digits, end = "".join(groups), start + len(mark.join(groups))
     if text[end] == ".":
         decimals, end = text[end + 1:_run(text, end + 1, DIGITS)], _run(text, end + 1, DIGITS)
@@ -224,6 +226,7 @@ def _divide(top, bottom):
     return _checked(Fraction(top, bottom) if isinstance(top, EXACT) and isinstance(bottom, EXACT) else top / bottom)
 
 
+@lru_cache(maxsize=1024, typed=True)  # typed: 5 is exact, 5.0 is not
 def _factorial(value):
     small = isinstance(value, int) and 0 <= value < 900
     return math.factorial(value) if small else math.gamma(value + 1)
@@ -535,6 +538,11 @@ def _close(a, b):
                for p, q in ((a.real, b.real), (a.imag, b.imag)))
 
 
+def _leaves(value):
+    """Return how many numbers, names and texts a value consists of."""
+    return sum(map(_leaves, value.items or [value.solution])) if isinstance(value, Form) else 1
+
+
 def _same(a, b):
     """Tell whether two numbers or Forms are equal."""
     kinds = [form.kind if isinstance(form, Form) else "number" for form in (a, b)]
@@ -555,7 +563,7 @@ def _same(a, b):
     is_union = any(all(isinstance(item, Form) and item.kind == "relation" for item in form.items) for form in (a, b))
     if len(a.items) != len(b.items) or a.tag != b.tag and not (is_union and a.kind == "any"):  # x<1 or x>2
         return False
-    if a.kind != "any" or len(a.items) > MAX_UNORDERED:
+    if a.kind != "any" or len(a.items) > MAX_UNORDERED or _leaves(a) > MAX_LEAVES:
         return all(map(_same, a.items, b.items))
     rest = list(b.items)
     for item in a.items:
@@ -590,9 +598,10 @@ def is_equivalent(answer, gold):
             return False
         answer, gold = sorted((answer.strip(), gold.strip()))
         if max(len(answer), len(gold)) > MAX_CHARS:
-            return bool(answer) and "".join(answer.split()) == "".join(gold.split())
+            short = max(len(answer), len(gold)) <= MAX_BOX
+            return answer == gold or short and "".join(answer.split()) == "".join(gold.split())
         if not _tokens(answer) or _tokens(answer) == _tokens(gold):
-            return _tokens(answer) != ()
+            return _tokens(answer) != () or answer == gold and answer.replace("$", "").strip() != ""
         if _equal(answer, gold):
             return True
         for a, b in ((answer, gold), (gold, answer)):  # 100,200,300 may also be a list, if b is one

@@ -14,12 +14,14 @@ import json
 import logging
 import math
 import os
+import re
 import runpy
 import shlex
 import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from functools import lru_cache
 from http.client import HTTPException
@@ -42,6 +44,7 @@ from rollout import BUCKET, INSTRUCTION, PREFILL_TOKENS, check_cache, concatenat
 
 # Shapes: Q questions, G responses each, B = Q·G rows (the G of a question consecutive), K kept questions, T tokens
 RUNTIME = 0.6 * 2 ** 30    # bytes that Python and its libraries take on a CPU
+MAX_TEXT = 1_000_000       # characters of a problem or an answer
 TINY = Path(__file__).resolve().parent / "tiny"
 MATH_URL = ("https://raw.githubusercontent.com/rasbt/math_full_minus_math500/"
             "1636438eae81f1a7179de613f1c4aa52782b3a18/math_full_minus_math500.json")
@@ -79,8 +82,24 @@ NOT_MEASURED = dict.fromkeys((
 START = {"step": 0, "position": 0, "nonfinite": 0, "offending": [], "moved": False, "data": None}
 
 
+def printable(text):
+    """`text` in one line, with all that a terminal would obey or hide (control characters, bidi marks) as escapes."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(text))
+
+
+def clean(record):
+    """A logging filter: transformers reports names that it finds in a model's files, and they may hold anything."""
+    lines = re.sub("\x1b\\[[0-9;]*m", "", record.getMessage()).expandtabs().split("\n")    # no colours
+    record.msg, record.args = "\n".join(map(printable, lines)), ()
+    return True
+
+
+for transformers_handler in logging.getLogger("transformers").handlers:
+    transformers_handler.addFilter(clean)
+
+
 def fail(message):
-    sys.exit(f"error: {message}")
+    sys.exit(f"error: {printable(message)}")
 
 
 def defaults_of(model):
@@ -291,6 +310,69 @@ def download(name):
     return path
 
 
+def json_rows(path, data):
+    """[("item 1" or "line 1", value), ...] from the bytes of a JSON list or JSONL file; exits with the line at fault.
+
+    Strict: UTF-8, no NaN or Infinity, and no key twice in an object, where one of the values would be lost."""
+    def refuse(line, reason):
+        fail(f"{path}, line {line}: {reason}")
+
+    def unique(pairs):
+        row = dict(pairs)
+        if len(row) < len(pairs):
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            raise ValueError(f"the key {twice[:60]!r} comes twice in an object")
+        return row
+
+    def no_constant(name):
+        raise ValueError(f"{name} is no number of JSON")
+
+    def skip(text, position):
+        return blanks.match(text, position).end()
+
+    def parse(text, position, line):
+        """The value at this position of a text that begins on this line, and where the next thing begins."""
+        position = skip(text, position)
+        try:
+            value, end = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:                          # ValueError: bad JSON, huge integers
+            refuse(line + text.count("\n", 0, getattr(error, "pos", position)), "not valid JSON (expected one list, or "
+                   f"one object per line): {getattr(error, 'msg', error)}")
+        return value, skip(text, end)
+
+    decoder, blanks = json.JSONDecoder(object_pairs_hook=unique, parse_constant=no_constant), re.compile("[ \t\n]*")
+    data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        refuse(error.object.count(b"\n", 0, error.start) + 1, f"byte 0x{error.object[error.start]:02x} is no UTF-8, as "
+               "is expected: save the file as UTF-8")
+    if "\0" in text:
+        refuse(text.count("\n", 0, text.index("\0")) + 1, "a NUL character, expected UTF-8 text: is the file UTF-16?")
+    rows = []
+    if text.lstrip().startswith("["):
+        position, mark = skip(text, text.index("[") + 1), ","
+        if text.startswith("]", position):
+            position, mark = position + 1, "]"
+        while mark == ",":
+            value, position = parse(text, position, 1)
+            rows.append((f"item {len(rows) + 1}", value))
+            mark = text[position:position + 1]
+            if mark not in (",", "]"):
+                refuse(text.count("\n", 0, position) + 1, "not valid JSON: expected a comma or ] after the list's item")
+            position += 1
+        if text[position:].strip():
+            refuse(text.count("\n", 0, skip(text, position)) + 1, "not valid JSON: more text after the end of the list")
+        return rows
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            value, end = parse(line, 0, number)
+            rows.append((f"line {number}", value))
+            if end < len(line):
+                refuse(number, "not valid JSON: more text after the object of this line")
+    return rows
+
+
 def load_problems(source):
     r"""[{"problem": str, "answer": str}] from a JSON list or JSONL file, or a name in `DOWNLOADS` ("math": levels 3-5).
 
@@ -298,24 +380,11 @@ def load_problems(source):
     else the last \boxed{} of `solution`. Exits with the line or item that cannot be used."""
     path = download(source) if source in DOWNLOADS else Path(source)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        data = path.read_bytes()
+    except OSError as error:
         fail(f"cannot read the data file {path}: {error} (data sets with a name: {', '.join(DOWNLOADS)})")
-
-    def parse(json_text, first_line):
-        try:
-            return json.loads(json_text)
-        except (ValueError, RecursionError) as error:                          # ValueError: bad JSON, huge integers
-            line = first_line + getattr(error, "lineno", 1) - 1
-            fail(f"{path}, line {line}: not valid JSON (expected one list, or one object "
-                 f"per line): {getattr(error, 'msg', error)}")
-
-    if text.lstrip().startswith("["):
-        rows = [(f"item {i}", row) for i, row in enumerate(parse(text, 1), start=1)]
-    else:
-        rows = [(f"line {i}", parse(line, i)) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
     problems = []
-    for where, row in rows:
+    for where, row in json_rows(path, data):
         if not isinstance(row, dict):
             fail(f"{path}, {where}: expected an object with a problem and an answer, got {type(row).__name__}")
         problem = row.get("problem") or row.get("question")
@@ -325,6 +394,11 @@ def load_problems(source):
                   or extract_answer(answer_text(row.get("solution"))))
         if not answer:
             fail(f"{path}, {where}: expected an `answer`, a `final_answer`, or a `solution` with a \\boxed answer")
+        for name, text in (("problem", problem), ("answer", answer)):
+            if len(text) > MAX_TEXT:
+                fail(f"{path}, {where}: the {name} has {len(text)} characters, expected at most {MAX_TEXT}")
+            if re.search("[\ud800-\udfff]", text):                             # which no tokenizer can encode
+                fail(f"{path}, {where}: the {name} has half of a surrogate pair, expected whole characters")
         if source != "math" or row.get("level") in ("Level 3", "Level 4", "Level 5"):
             problems.append({"problem": problem, "answer": answer})
     if not problems:
@@ -333,9 +407,14 @@ def load_problems(source):
 
 
 def answer_text(value):
-    """The text of an answer field: lists joined by commas, 27.0 as "27", "" for what is no answer."""
+    """The text of an answer field: a list's texts and numbers joined by commas, 27.0 as "27", "" for what is no answer.
+
+    A list with anything else in it, such as null or a list, is none: it would lose a part."""
     if isinstance(value, list):
-        return ", ".join(filter(None, map(answer_text, value)))
+        parts = ["" if isinstance(part, list) else answer_text(part) for part in value if part != ""]
+        return ", ".join(parts) if all(parts) else ""
+    if isinstance(value, float) and not math.isfinite(value):                  # 1e999
+        return ""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value).strip() if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
@@ -765,7 +844,7 @@ def evaluate(model, tokenizer, problems, prompts, args, step):
     append(args, "samples.jsonl", [{"step": step, **row} for row in answers[:5]])
     accuracy, average = average_accuracy(answers)
     each = f" ({', '.join(f'{name} {share:.1%}' for name, share in accuracy.items())})" if len(accuracy) > 1 else ""
-    tqdm.write(f"step {step}: greedy accuracy {average:.1%} on {len(answers)} problems{each}")
+    tqdm.write(printable(f"step {step}: greedy accuracy {average:.1%} on {len(answers)} problems{each}"))
     return {"eval_accuracy": average} | ({"eval_by_benchmark": accuracy} if each else {})
 
 
@@ -774,7 +853,7 @@ def accuracy_table(answers):
 
     The average is that of the rounded rows, as the paper's are (all multiples of 0.02), each with the same weight."""
     finished = by_benchmark(answers, "finished")
-    rows = [(name, len(finished[name]), f"{100 * share:.1f}", finished[name].count(False))
+    rows = [(printable(name), len(finished[name]), f"{100 * share:.1f}", finished[name].count(False))
             for name, share in average_accuracy(answers)[0].items()]
     average = sum(float(row[2]) for row in rows) / len(rows)
     rows.append(("average", len(answers), f"{average:.2f}", sum(row[3] for row in rows)))

@@ -278,7 +278,8 @@ def run_all(waiting, total, steps, jobs, on_cpu):
                     if running.pop(folder).returncode or not is_finished(folder, steps):
                         failed.append(folder)
                         log = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
-                        tqdm.write("\n    ".join([f"{folder.name} failed:", *log.splitlines()[-3:]]))
+                        lines = map(train.printable, log.splitlines()[-3:])
+                        tqdm.write("\n    ".join([f"{folder.name} failed:", *lines]))
                     else:
                         for checkpoint in train.checkpoints(folder):           # gigabytes a run for a real model
                             shutil.rmtree(checkpoint)

@@ -51,7 +51,8 @@ def group_name(source, config, keys):
     for key in keys:
         if key not in config:
             train.fail(f"--group-by {key}: not in the config.json of {source}, which has {', '.join(config)}")
-    return ", ".join(str(config[key]) if key == "method" else f"{key} {config[key]}" for key in keys)
+    name = ", ".join(str(config[key]) if key == "method" else f"{key} {config[key]}" for key in keys)
+    return train.printable(name)
 
 
 def average(runs):

@@ -759,7 +759,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(step):
     ('[{"problem": "1", "answer": 1}, {"problem": "2", "solution": "it is 4"}]', "item 2"),
     ('[{"problem": "1", "answer": true}]', "item 1"),
     ('[{"problem": "1", "answer": {"value": 1}}]', "item 1"),
-    (b'{"problem": "caf\xe9", "answer": "1"}', "utf-8"),
+    (b'{"problem": "caf\xe9", "answer": "1"}', "line 1"),
     ("[" * 100000, "line 1"),
     ('[{"problem": "1", "answer": ' + "9" * 5000 + "}]", "line 1"),
 ])
