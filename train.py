@@ -31,7 +31,6 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from huggingface_hub.utils import enable_progress_bars
-from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -497,7 +496,10 @@ def load_model(name, device, dtype=torch.float32):
     if pickled and not any(Path(name).glob("*.safetensors")):
         fail(f"{name} holds pickled weights only ({pickled[0]}), and loading a pickle can run any code: convert them "
              f"to safetensors, or use a model that comes with them")
-    model = load(AutoModelForCausalLM, name, config=load_config(name), dtype=dtype, use_safetensors=True)
+    model, report = load(AutoModelForCausalLM, name, config=load_config(name), dtype=dtype, use_safetensors=True,
+                         output_loading_info=True)
+    if report["missing_keys"]:                                                 # they would be random numbers
+        fail(f"{name} has no weights for {', '.join(sorted(report['missing_keys']))[:200]}: are its files complete?")
     try:
         check_head(model)
         with memory_for("loading"), torch.no_grad():
@@ -793,7 +795,7 @@ def announce_memory(config, args, prompt_length):
     """Print the estimated peak of each phase; warn if one exceeds the device."""
     try:
         phases, available = estimate_memory(config, args, prompt_length)[1], device_memory(args.device)
-    except (ValueError, AttributeError):                                       # loading it will say what is wrong
+    except Exception:                                                          # loading it will say what is wrong
         return print("memory: no estimate for a model of this kind")
     shown = ", ".join(f"{need / 2 ** 30:.1f} GiB in {phase}" for phase, need in phases.items())
     print(f"memory, estimated for responses of {args.max_new_tokens} tokens: {shown}")
@@ -892,7 +894,7 @@ def writing(path, args):
     """One line if a file of the output folder cannot be written, as on a full disk."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError, ValueError) as error:      # of files, torch.save, safetensors
+    except Exception as error:                                                 # torch.save and safetensors have their own
         while error.__context__:                                               # the first cause is the clearest
             error = error.__context__
         begun = not args.eval_only and (Path(args.out) / "config.json").exists()
