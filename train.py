@@ -22,7 +22,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
@@ -952,10 +952,10 @@ def claimed(out):
     try:
         yield
     finally:
-        lock.release()
-        if out.is_dir() and [path.name for path in out.iterdir()] == [".lock"]:
+        with suppress(OSError):
             (out / ".lock").unlink()
-            out.rmdir()
+            out.rmdir()                                                        # fails unless it is empty
+        lock.release()
 
 
 def checkpoints(out):

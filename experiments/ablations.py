@@ -257,6 +257,8 @@ def start(folder, flags, environment):
     if folder.exists() and not resumed:
         shutil.rmtree(folder)                                                  # torn before its first checkpoint
     folder.mkdir(parents=True, exist_ok=True)
+    if resumed:
+        flags = [flag for flag in flags if flag.startswith("--reward=")]       # code, which a resumed run must be given
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         return subprocess.Popen(
             [sys.executable, str(TRAIN), *flags, f"--{'resume' if resumed else 'out'}={folder}"],

@@ -372,7 +372,8 @@ def test_ctrl_c_stops_the_runs_and_the_same_command_goes_on(stand_in, monkeypatc
     train.train(train.parse_args(flags))
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    shutil.rmtree(grpo / "checkpoint")
+    for checkpoint in grpo.glob("checkpoint*"):
+        shutil.rmtree(checkpoint)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen([sys.executable, str(ROOT / "experiments" / "ablations.py"), *command], cwd=tmp_path,
                                env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
