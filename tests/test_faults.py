@@ -560,7 +560,7 @@ def waits(flags, ready):
 
 def test_a_second_process_on_the_same_folder_refuses_until_the_first_is_gone(flags, whole, processes, tmp_path):
     folder, ready = tmp_path / "run", processes.Event()
-    first = processes.Process(target=waits, args=([*flags, "--out", folder], ready))
+    first = processes.Process(target=waits, args=([*flags, "--out", folder], ready), daemon=True)
     first.start()
     assert ready.wait(60)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
