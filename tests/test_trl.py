@@ -1,0 +1,282 @@
+"""examples/trl_nthr.py against Eq. 7 over all pairs of tokens, plain GRPOTrainer and train.py, on one and two processes."""
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+from datasets import Dataset  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel  # noqa: E402
+from trl import GRPOTrainer  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "tests")]
+
+import train  # noqa: E402
+import trl_nthr  # noqa: E402
+import trl_worker  # noqa: E402
+from nthr import nthr_advantages  # noqa: E402
+from rollout import Rollout, encode_prompt, generate, stop_token_ids  # noqa: E402
+from trl_nthr import NTHRTrainer  # noqa: E402
+from trl_worker import CASES, ROWS, config, first_batch, fixed_trainer, rollouts, tiny_model, verdict  # noqa: E402
+
+
+def whole_weights(trainer):
+    """The policy as an ordinary model's weights, adapters merged."""
+    model = trainer.model
+    if hasattr(model, "merge_and_unload"):
+        model = copy.deepcopy(model).merge_and_unload()
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def standardised(rewards):
+    """TRL's advantages of one group: over the sample standard deviation + 1e-4; without a reward, 0."""
+    known = [r for r in rewards if r is not None]
+    mean = sum(known) / len(known)
+    deviation = math.sqrt(sum((r - mean) ** 2 for r in known) / (len(known) - 1))
+    return [0.0 if r is None else (r - mean) / (deviation + 1e-4) for r in rewards]
+
+
+@torch.no_grad()
+def reduced(weights, group, verdicts, beta=1.0, eta=None, temperature=1.0, valid=None):
+    """[[η on V⁻, else 1]] for rows (prompt ids, completion ids), pair by pair in float64 from unpadded rows' logits.
+
+    NaN where a score is so close to τ that float32 may decide otherwise."""
+    model = tiny_model(attn_implementation="eager").double().eval()
+    model.load_state_dict(weights)
+    valid = valid or [[True] * len(answer) for _, answer in group]
+    scored = [i for i, right in enumerate(verdicts) if right is not None]
+    p = sum(verdicts[i] for i in scored) / max(1, len(scored))
+    result = [[1.0] * len(answer) for _, answer in group]
+    if p in (0, 1):
+        return result
+    used = sorted({y for i in scored for y, ok in zip(group[i][1], valid[i]) if ok})
+    tokens = []                                                                # (row, position, state, e_y − π over V*_x)
+    for i in scored:
+        prompt, answer = group[i]
+        output = model(torch.tensor([prompt + answer]), output_hidden_states=True)
+        for k, y in enumerate(answer):
+            if valid[i][k]:
+                at = len(prompt) - 1 + k
+                error = -torch.softmax(output.logits[0, at] / temperature, -1)
+                error[y] += 1
+                tokens.append((i, k, output.hidden_states[-1][0, at], error[used]))
+    score = {}
+    for j, l, h_b, error_b in tokens:
+        score[j, l] = sum(float(error_a @ error_b) * float(h_a @ h_b) for i, _, h_a, error_a in tokens if verdicts[i])
+    lengths = Counter(i for i, *_ in tokens)
+    means = [sum(score[i, k] for i, k, *_ in tokens if i == row) / lengths[row]
+             for row in scored if verdicts[row] and lengths[row]]
+    tau = beta * min(means) if means else math.inf
+    for j, l, *_ in tokens:
+        if not verdicts[j]:
+            close = abs(score[j, l] - tau) < 1e-5 * max(map(abs, score.values()))
+            chosen = abs(1 - 2 * p) if eta is None else eta
+            result[j][l] = math.nan if close else chosen if score[j, l] > tau else 1.0
+    return result
+
+
+def expected(weights, rows, verdicts, G, advantages=None, **settings):
+    """[[Â of each token]] of all rows, group by group."""
+    result = []
+    for first in range(0, len(rows), G):
+        part = slice(first, first + G)
+        valid = settings.get("valid")
+        factors = reduced(weights, rows[part], verdicts[part], **settings | {"valid": valid and valid[part]})
+        for A, row in zip((advantages or [])[part] or standardised(verdicts[part]), factors):
+            result.append([A * factor if A < 0 else A for factor in row])
+    return result
+
+
+def check(found, wanted):
+    """(n, T) tensor against rows of lists, to 1e-5; almost all tokens must be decided, and some of them weakened."""
+    pairs = [(a, b) for row, values in zip(found.tolist(), wanted, strict=True) for a, b in zip(row, values)]
+    assert sum(len(values) for values in wanted) == len(pairs)
+    decided = [(a, b) for a, b in pairs if not math.isnan(b)]
+    assert len(decided) > 0.98 * len(pairs)
+    assert max(abs(a - b) for a, b in decided) < 1e-5
+
+
+def weakened(wanted):
+    return sum(len(set(row)) > 1 for row in wanted)                            # rows whose tokens differ
+
+
+# Processes
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """{case: ([batch of each process], [facts of each process])}; one launch for all, as most of it is imports."""
+    folder = tmp_path_factory.mktemp("two")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                    str(ROOT / "tests" / "trl_worker.py"), str(folder)], check=True, timeout=100,
+                   env=os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    return {name: ([torch.load(folder / f"{name} {rank}.pt") for rank in (0, 1)],
+                   [json.loads((folder / f"{name} {rank}.json").read_text()) for rank in (0, 1)]) for name in CASES}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_have_the_advantages_of_the_gathered_batch(two_processes, name):
+    (G, _, version), (batches, facts) = CASES[name], two_processes[name]
+    rows, verdicts, model = rollouts(G), [verdict(row) for row in range(ROWS)], tiny_model()
+    assert [fact["processes"] for fact in facts] == [2, 2]
+    assert [fact["weight"] for fact in facts] == ["DTensor" if version == 2 else "Parameter"] * 2
+    if version == 1:                                                           # in parts, or on one process only
+        assert sum(fact["size"] for fact in facts) == 12800
+    wanted = expected(model.state_dict(), rows, verdicts, G, eta=0.25)
+    assert weakened(wanted) > 4
+    for rank, batch in enumerate(batches):
+        block = rows[12 * rank:12 * rank + 12]
+        assert [ids[mask.bool()].tolist() for ids, mask in zip(batch["completion_ids"], batch["completion_mask"])] == [
+            answer for _, answer in block]                                     # the rows we think they are
+        check(batch["advantages"], wanted[12 * rank:12 * rank + 12])
+    count = sum(abs(a - 0.25 * min(row)) < 1e-9 for row in wanted if min(row) < 0 for a in row)
+    assert facts[0]["metrics"]["nthr/weakened"] == facts[1]["metrics"]["nthr/weakened"] == [count]
+
+
+@pytest.mark.parametrize("G", [4, 8])
+def test_one_process_has_those_of_nthr_advantages_and_of_all_pairs(tmp_path, G):
+    rows, verdicts, model = rollouts(G), torch.tensor([verdict(row) for row in range(ROWS)]), tiny_model()
+    trainer = fixed_trainer(tmp_path, G, nthr_beta=0.5, options={"per_device_train_batch_size": ROWS})
+    found = first_batch(trainer)["advantages"]
+    check(found, expected(model.state_dict(), rows, verdicts.tolist(), G, beta=0.5))
+    for first in range(0, ROWS, G):
+        group = rows[first:first + G]
+        P, T = len(group[0][0]), max(len(answer) for _, answer in group)
+        lengths = torch.tensor([len(answer) for _, answer in group])
+        ids = torch.tensor([prompt + answer + [0] * (T - len(answer)) for prompt, answer in group])
+        with torch.no_grad():
+            hidden = model(ids, output_hidden_states=True).hidden_states[-1][:, P - 1:-1]
+        mask = torch.arange(T) < lengths[:, None]
+        A = torch.tensor(standardised(verdicts[first:first + G].tolist()))[:, None].expand(G, T)
+        own = nthr_advantages(A, hidden, ids[:, P:], mask, verdicts[first:first + G], model.lm_head.weight, beta=0.5)
+        torch.testing.assert_close(found[first:first + G, :T][mask], own.advantages[mask], atol=1e-5, rtol=0)
+
+
+# Whole runs
+
+def right(completion_ids, **_):
+    return [float(sum(ids) % 2) for ids in completion_ids]
+
+
+def brief(completion_ids, **_):
+    return [len(ids) / 10 for ids in completion_ids]
+
+
+def sometimes(completion_ids, **_):
+    return [None if len(ids) % 3 == 0 else float(sum(ids) % 2) for ids in completion_ids]
+
+
+class Recorder(NTHRTrainer):
+    """Keeps what it generates, with the weights it did that with, and what it trains on."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.generations, self.trained = [], []
+
+    def _calculate_rewards(self, inputs, prompts, completions, ids):
+        self.completions = ids
+        return super()._calculate_rewards(inputs, prompts, completions, ids)
+
+    def _generate_and_score_completions(self, inputs):
+        weights = whole_weights(self)
+        batch = super()._generate_and_score_completions(inputs)
+        prompts = [ids[mask.bool()].tolist() for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"])]
+        self.generations.append((weights, list(zip(prompts, self.completions)), batch["advantages"]))
+        return batch
+
+    def _compute_loss(self, model, inputs):
+        self.trained.append({name: inputs[name].clone() for name in (
+            "prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")})
+        return super()._compute_loss(model, inputs)
+
+
+def questions(count=12):
+    rows = train.load_problems(str(ROOT / "tiny" / "train.jsonl"))[:count]
+    prompts = [[{"role": "user", "content": f"{row['problem']}\n{trl_nthr.INSTRUCTION}"}] for row in rows]
+    return rows, Dataset.from_dict({"prompt": prompts})
+
+
+def run(folder, kind, rewards=(right,), lora=None, options=None, model=None, **arguments):
+    trainer = kind(model or tiny_model(attention_dropout=0.1), list(rewards), config(folder, **(options or {})),
+                   questions()[1], processing_class=AutoTokenizer.from_pretrained(trl_nthr.TINY, padding_side="left"),
+                   peft_config=lora and LoraConfig("CAUSAL_LM", target_modules="all-linear", **lora), **arguments)
+    trainer.train()
+    return trainer
+
+
+ADAPTER = {"r": 4, "lora_dropout": 0.2, "init_lora_weights": False}
+RUNS = {   # name: arguments of `run`, and the micro-batches of a generation
+    "gradient accumulation": ({"options": {
+        "per_device_train_batch_size": 6, "gradient_accumulation_steps": 4, "max_steps": 2}}, 4),
+    "two updates of a generation": ({"options": {"steps_per_generation": 2, "max_steps": 4}}, 2),
+    "num_iterations": ({"options": {"num_iterations": 2, "max_steps": 4}}, 2),
+    "LoRA": ({"lora": ADAPTER, "options": {"max_steps": 2}}, 1),
+    "temperature": ({"options": {"temperature": 1.6}}, 1),
+    "cold": ({"options": {"temperature": 0.6, "scale_rewards": "none"}}, 1),
+    "truncated": ({"options": {"mask_truncated_completions": True, "max_completion_length": 33, "max_steps": 3},
+                   "nthr_beta": 0.01}, 1),
+    "several rewards": ({"rewards": (brief, right), "correctness": "right", "nthr_beta": 0.1}, 1),
+    "no verdict": ({"rewards": (sometimes, brief), "correctness": "sometimes", "eta": 0.5}, 1)}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_is_trained_on_is_algorithm_1_of_what_was_generated(tmp_path, name):
+    arguments, parts = RUNS[name]
+    options, rewards = arguments["options"] if "options" in arguments else {}, arguments.get("rewards", (right,))
+    trainer = run(tmp_path, Recorder, **arguments)
+    assert len(trainer.trained) == parts * len(trainer.generations)
+    total = truncated = 0
+    for number, (weights, rows, _) in enumerate(trainer.generations):
+        values = [function(completion_ids=[answer for _, answer in rows]) for function in rewards]
+        verdicts = values[1] if name == "several rewards" else values[0]
+        sums = [sum(value for value in row if value is not None) for row in zip(*values)]
+        advantages = [A for first in range(0, len(rows), 4) for A in standardised(sums[first:first + 4])]
+        if name == "cold":
+            advantages = [r - sum(sums[i // 4 * 4:i // 4 * 4 + 4]) / 4 for i, r in enumerate(sums)]
+        ended = [answer[-1] == 1 for _, answer in rows]
+        valid = [[ok] * len(answer) for ok, (_, answer) in zip(ended, rows)] if name == "truncated" else None
+        wanted = expected(weights, rows, verdicts, 4, advantages, beta=arguments.get("nthr_beta", 1.0), valid=valid,
+                          eta=arguments.get("eta"), temperature=options.get("temperature", 1.0))
+        check(trainer.generations[number][2], wanted)
+        total, truncated = total + weakened(wanted), truncated + ended.count(False)
+        of = {(tuple(prompt), tuple(answer)): values for (prompt, answer), values in zip(rows, wanted)}
+        seen = Counter()
+        for batch in trainer.trained[parts * number:parts * (number + 1)]:
+            for i in range(len(batch["advantages"])):
+                prompt = tuple(batch["prompt_ids"][i][batch["prompt_mask"][i].bool()].tolist())
+                keys = [key for key in of if key[0] == prompt and key[1] == tuple(
+                    batch["completion_ids"][i][:len(key[1])].tolist()) and (len(key[1]) == batch["completion_ids"].shape[1]
+                                                                            or batch["completion_ids"][i][len(key[1])] == 0)]
+                seen[keys[0]] += 1
+                check(batch["advantages"][i:i + 1], [of[keys[0]]])
+        repeats = options.get("num_iterations", 1)
+        assert seen == Counter({key: repeats * count for key, count in Counter(
+            (tuple(prompt), tuple(answer)) for prompt, answer in rows).items()})
+    assert total > 0
+    if name == "truncated":
+        assert truncated > 0 and trainer.trained[0]["completion_mask"].sum(1).eq(0).any()
+
+
+@pytest.mark.parametrize("options", [
+    {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2, "num_iterations": 2, "max_steps": 4},
+    {"lora": ADAPTER | {"init_lora_weights": True}, "beta": 0.1, "max_steps": 3}])
+def test_eta_1_is_grpo_trainer_bit_for_bit(tmp_path, options):
+    lora = options.pop("lora", None)
+    plain, same, other = (run(tmp_path, kind, lora=lora, options=options, **arguments) for kind, arguments in (
+        (GRPOTrainer, {}), (NTHRTrainer, {"eta": 1.0}), (NTHRTrainer, {"eta": 0.0})))
+    weights, equal, different = (trainer.model.state_dict() for trainer in (plain, same, other))
+    assert all(torch.equal(value, equal[name]) for name, value in weights.items())
+    assert not all(torch.equal(value, different[name]) for name, value in weights.items())
+    losses = [[log["loss"] for log in trainer.state.log_history if "loss" in log] for trainer in (plain, same)]
+    assert losses[0] == losses[1] and len(losses[0]) == options["max_steps"]
