@@ -8,6 +8,7 @@ The flags are those of `Script` and of GRPOConfig. With or without NTHR, TRL's u
     advantages    over the sample standard deviation + 1e-4: √((G−1)/G) of §2's, which AdamW mostly divides out
     normaliser    Eq. 1 averages over a question's tokens, then over questions; "dapo" (the default) and "bnpo" over all
                   tokens, also of groups without signal: equal if all groups have as many. "grpo", "dr_grpo": never
+    KL term       times the ratio γ, unless use_bias_correction_kl is off, as it is by default here
 Tests run one and two CPU processes, LoRA, and the sharded forward pass of FSDP. Not run: GPUs, vLLM, DeepSpeed.
 """
 import os
@@ -90,9 +91,8 @@ class NTHRTrainer(GRPOTrainer):
         with self._dist.gather_params([head.weight]), self._dist.summon_full_params(self.model, recurse=False):
             W = (head.weight.full_tensor() if hasattr(head.weight, "full_tensor") else head.weight)[columns]   # (U, d)
         mixed, factors = (right.any(1) & wrong.any(1)).tolist(), torch.ones(answers.shape[:2], device=mask.device)
-        groups = [[g for g in range(r * n // G, -(-(r + 1) * n // G)) if mixed[g]]     # those with rows of process r
-                  for r in range(self.accelerator.num_processes)]
-        for g in (groups[rank] + max(groups, key=len))[:max(map(len, groups))]:    # all make as many passes, for FSDP
+        groups = [[g for g in range(r * n // G, -(-(r + 1) * n // G)) if mixed[g]] for r in range(self.args.world_size)]
+        for g in (groups[rank] + max(groups, key=len))[:max(map(len, groups))]:    # as many passes in each, for FSDP
             rows, known = slice(g * G, (g + 1) * G), right[g] | wrong[g]
             P, t = int(prompts[rows, :, 1].sum(1).max()), max(1, int(answers[rows, :, 1].sum(1).max()))
             ids, attention_mask = torch.cat([prompts[rows, -P:], answers[rows, :t, :2]], 1).unbind(-1)
@@ -117,7 +117,7 @@ def main():
     parser = HfArgumentParser((Script, GRPOConfig))
     folder, processes = Path(parser.parse_known_args()[0].model).resolve(), int(os.environ.get("WORLD_SIZE", 1))
     parser.set_defaults(output_dir=f"runs/{folder.name}-trl", save_strategy="no", lr_scheduler_type="constant",
-                        adam_beta2=0.95, disable_dropout=True, logging_first_step=True)
+                        adam_beta2=0.95, disable_dropout=True, logging_first_step=True, use_bias_correction_kl=False)
     if folder in EMBEDDED:                                                     # as train.py
         parser.set_defaults(data=str(folder / "train.jsonl"), reward=EMBEDDED[folder], max_steps=50, learning_rate=1e-4,
                             per_device_train_batch_size=256 // processes, max_completion_length=64, bf16=False,

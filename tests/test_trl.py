@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
 from trl import GRPOTrainer  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -280,3 +280,195 @@ def test_eta_1_is_grpo_trainer_bit_for_bit(tmp_path, options):
     assert not all(torch.equal(value, different[name]) for name, value in weights.items())
     losses = [[log["loss"] for log in trainer.state.log_history if "loss" in log] for trainer in (plain, same)]
     assert losses[0] == losses[1] and len(losses[0]) == options["max_steps"]
+
+
+def test_the_example_learns_and_its_prompts_and_stops_are_those_of_rollout(tmp_path, monkeypatch, capsys):
+    trainers = []
+
+    class Kept(Recorder):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            trainers.append(self)
+    monkeypatch.setattr(trl_nthr, "NTHRTrainer", Kept)
+    monkeypatch.setattr(sys, "argv", ["trl_nthr.py", "--per_device_train_batch_size", "64", "--max_steps", "50",
+                                      "--output_dir", str(tmp_path / "out"), "--logging_steps", "50"])
+    trl_nthr.main()
+    tokenizer, problems = trainers[0].processing_class, train.load_problems(str(ROOT / "tiny" / "test.jsonl"))[:300]
+    prompts = [encode_prompt(tokenizer, row["problem"]) for row in train.load_problems(str(ROOT / "tiny/train.jsonl"))]
+    assert all(prompt in prompts for prompt, _ in trainers[0].generations[0][1])
+    assert sorted(trainers[0].eos_token_ids) == stop_token_ids(tiny_model(), tokenizer)
+    assert "success rate: " in capsys.readouterr().out
+
+    def accuracy(model):
+        texts = generate(model, tokenizer, [encode_prompt(tokenizer, row["problem"]) for row in problems], 1, 64, 0.0).texts
+        return sum(train.math_reward(text, row["answer"]) for text, row in zip(texts, problems)) / len(problems)
+    assert accuracy(train.load_model(str(tmp_path / "out"), "cpu")) > accuracy(tiny_model()) + 0.05
+
+
+# What TRL can be set to
+
+@pytest.mark.parametrize("options", [
+    *({"loss_type": name} for name in ("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo", "vespo")),
+    {"loss_type": "luspo", "importance_sampling_level": "sequence"}, {"importance_sampling_level": "sequence"},
+    {"off_policy_mask_threshold": 0.01}, {"top_entropy_quantile": 0.5}], ids=str)
+def test_every_loss_of_trl_takes_an_advantage_per_token(tmp_path, options):
+    trainer = fixed_trainer(tmp_path, 4, kind=GRPOTrainer, options={"per_device_train_batch_size": ROWS, **options})
+    trainer.current_gradient_accumulation_steps = 1
+    batch = first_batch(trainer)
+    noise = 0.1 * torch.randn(batch["completion_ids"].shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logprobs = trainer._get_per_token_logps_and_entropies(
+            trainer.model, torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
+            torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1), noise.shape[1])[0]
+    batch["old_per_token_logps"] = batch["sampling_per_token_logps"] = logprobs + noise
+    A = batch["advantages"][:, None].expand(noise.shape).contiguous()
+
+    def loss(advantages):
+        trainer.model.zero_grad()
+        loss = trainer._compute_loss(trainer.model, batch | {"advantages": advantages})
+        loss.backward()
+        return loss.item(), trainer.model.lm_head.weight.grad.clone()
+    (plain, gradient), (same, same_gradient) = loss(batch["advantages"]), loss(A)
+    assert plain == pytest.approx(same, abs=1e-6) and gradient.abs().max() > 0
+    torch.testing.assert_close(gradient, same_gradient, atol=1e-6, rtol=1e-4)  # sums in another order with "sequence"
+    weaker = torch.where((A < 0) & (torch.arange(A.shape[1]) % 2 == 0), 0 * A, A)
+    assert not torch.equal(loss(weaker)[1], gradient)
+
+
+def test_tokens_that_the_model_did_not_write_are_not_scored(tmp_path):
+    rows, verdicts = rollouts(4), [verdict(row) for row in range(ROWS)]
+    mask = [[k % 4 != 2 for k in range(len(answer))] for _, answer in rows]
+    trainer = fixed_trainer(tmp_path, 4, rows=rows, extra={"env_mask": [[int(x) for x in row] for row in mask]},
+                            options={"per_device_train_batch_size": ROWS}, nthr_beta=0.1)
+    wanted = expected(tiny_model().state_dict(), rows, verdicts, 4, beta=0.1, valid=mask)
+    assert wanted != expected(tiny_model().state_dict(), rows, verdicts, 4, beta=0.1)
+    check(first_batch(trainer)["advantages"], wanted)
+
+
+def test_a_wrong_answer_with_a_positive_advantage_keeps_it(tmp_path):
+    def style(row):
+        return 5.0 * (row % 4 == 1)
+    rows, verdicts = rollouts(4), [verdict(row) for row in range(ROWS)]
+    trainer = fixed_trainer(tmp_path, 4, rewards=[style, verdict], correctness="verdict", nthr_beta=-math.inf, eta=0.0,
+                            options={"per_device_train_batch_size": ROWS})
+    found = first_batch(trainer)["advantages"]
+    for first in range(0, ROWS, 4):
+        sums = [style(row) + verdict(row) for row in range(first, first + 4)]
+        for row, A in zip(range(first, first + 4), standardised(sums)):
+            weak = 0 < sum(verdicts[first:first + 4]) < 4 and not verdicts[row] and A < 0
+            T = len(rows[row][1])
+            torch.testing.assert_close(found[row, :T], torch.full((T,), 0.0 if weak else A), atol=1e-5, rtol=0)
+
+
+def test_an_evaluation_is_that_of_trl(tmp_path):
+    trainer = fixed_trainer(tmp_path, 4, options={"num_generations_eval": 3})
+    inputs = next(iter(trainer.get_train_dataloader()))
+    trainer.model.eval()
+    assert trainer._generate_and_score_completions(inputs)["advantages"].shape == (12,)
+    assert not trainer.model.training
+
+
+def test_bfloat16_keeps_the_scores_in_float32(tmp_path):
+    rows, verdicts = rollouts(4), [verdict(row) for row in range(ROWS)]
+    trainer = fixed_trainer(tmp_path, 4, options={"per_device_train_batch_size": ROWS, "bf16": True}, eta=0.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = first_batch(trainer)["advantages"]
+    wanted = expected(tiny_model().state_dict(), rows, verdicts, 4, eta=0.0)
+    agree = [abs(a - b) < 1e-5 for row, values in zip(found.tolist(), wanted) for a, b in zip(row, values)]
+    assert found.dtype == torch.float32 and sum(agree) > 0.95 * len(agree)     # states are rounded to 3 digits
+
+
+def test_settings_that_cannot_work_are_refused_in_one_line(tmp_path):
+    def half(row):
+        return 0.5
+
+    def other(row):
+        return 1.0
+    with pytest.raises(ValueError, match="half must return 1 .right., 0 .wrong. or None"):
+        first_batch(fixed_trainer(tmp_path, 4, rewards=[half]))
+    for correctness in (None, "missing"):
+        with pytest.raises(ValueError, match=f"correctness must name one of the reward functions verdict, other, got {correctness}"):
+            fixed_trainer(tmp_path, 4, rewards=[verdict, other], correctness=correctness)
+    with pytest.raises(ValueError, match="eta must be one of"):
+        fixed_trainer(tmp_path, 4, eta="q")
+    with pytest.raises(ValueError, match="no torch_compile"):
+        fixed_trainer(tmp_path, 4, options={"torch_compile": True})
+    biased = tiny_model()
+    biased.lm_head = torch.nn.Linear(128, 100)
+    with pytest.raises(ValueError, match="a head without bias"):
+        fixed_trainer(tmp_path, 4, model=biased)
+    capped = tiny_model()
+    capped.config.logits_scaling = 2.0
+    with pytest.raises(ValueError, match="logits_scaling = 2.0"):
+        fixed_trainer(tmp_path, 4, model=capped)
+    copied = get_peft_model(tiny_model(), LoraConfig("CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match="lm_head is no torch.nn.Linear"):
+        fixed_trainer(tmp_path, 4, model=copied)
+
+
+# Against train.py
+
+def sampled(cuts):
+    """4 sampled rows for each of len(cuts) questions, cut off at so many tokens: a Rollout, and rows of two lists."""
+    tokenizer = AutoTokenizer.from_pretrained(trl_nthr.TINY)
+    problems = train.load_problems(str(ROOT / "tiny" / "train.jsonl"))[:len(cuts)]
+    rollout = generate(tiny_model(), tokenizer, [encode_prompt(tokenizer, row["problem"]) for row in problems], 4,
+                       max(cuts), seed=0)
+    rollout.response_mask &= torch.arange(max(cuts)) < torch.tensor(cuts).repeat_interleave(4)[:, None]
+    return rollout, [(x[m].tolist(), y[n].tolist()) for x, m, y, n in zip(
+        rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.response_mask)]
+
+
+def ours(rollout, rewards, updates=1, kl_coef=0.0):
+    """train.py's updates by SGD, with its advantages in TRL's scale. Returns the change of the weights and the losses."""
+    count = str(len(rewards))
+    args = train.parse_args(["--group-size", "4", "--batch-size", count, "--minibatch-size", count, "--beta", "0.1",
+                             "--kl-coef", str(kl_coef)])
+    model, reference, _ = train.load_policy(args.model, args)
+    old, ref, advantages, metrics = train.old_policy_pass(model, reference, rollout, rewards, args, 1, train.Timer())
+    assert metrics["selected_share"] > 0
+    advantages *= (rewards.std(1, correction=0) / (rewards.std(1) + 1e-4)).repeat_interleave(4)[:, None]
+    optimizer, state = torch.optim.SGD(model.parameters(), lr=0.1), {"nonfinite": 0}
+    losses = [train.update(model, optimizer, rollout, rewards, old, ref, advantages, args, state)["loss"]
+              for _ in range(updates)]
+    return change(model), losses
+
+
+def theirs(folder, rows, rewards, updates=1, kl_coef=0.0, **options):
+    flat, model = rewards.flatten().tolist(), tiny_model()
+
+    def given(row):
+        return flat[row]
+    trainer = fixed_trainer(folder, 4, rows=rows, rewards=[given], nthr_beta=0.1, model=model, options={
+        "per_device_train_batch_size": len(rows), "num_iterations": updates, "max_steps": updates, "learning_rate": 0.1,
+        "beta": kl_coef, "use_bias_correction_kl": False, **options}, optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None))
+    trainer.train()
+    return change(model), [float(log["loss"]) for log in trainer.state.log_history if "loss" in log]
+
+
+def change(model):
+    with torch.no_grad():
+        return torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), tiny_model().parameters())])
+
+
+MIXED = torch.tensor([[1.0, 0, 0, 1], [0, 1, 0, 0], [1, 1, 1, 1]])
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "bnpo"])
+@pytest.mark.parametrize("cuts, kl_coef", [([32], 0.1), ([18, 18], 0.0)])
+def test_three_updates_are_those_of_train_py_where_the_normalisers_agree(tmp_path, cuts, kl_coef, loss_type):
+    (rollout, rows), rewards = sampled(cuts), MIXED[:len(cuts)]
+    a, losses = ours(rollout, rewards, 3, kl_coef)
+    b, other = theirs(tmp_path, rows, rewards, 3, kl_coef, loss_type=loss_type)
+    assert a.norm() > 0.02 and (a - b).norm() < 1e-3 * a.norm()                # weights are rounded to 1e-8 or so
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(other), atol=1e-4, rtol=1e-3)    # TRL logs 4 digits
+
+
+def test_dapo_weighs_questions_by_their_tokens_and_counts_those_without_signal(tmp_path):
+    rollout, rows = sampled([12, 18, 24])
+    tokens = rollout.response_mask.view(3, -1).sum(1).tolist()
+    assert tokens[0] < tokens[1] < tokens[2]
+    each = [ours(rollout.select(torch.arange(4 * q, 4 * q + 4)), MIXED[q:q + 1]) for q in (0, 1)]
+    found, loss = theirs(tmp_path, rows, MIXED, max_grad_norm=0.0)
+    wanted = sum(tokens[q] / sum(tokens) * each[q][0] for q in (0, 1))
+    assert (found - wanted).norm() < 1e-3 * wanted.norm()
