@@ -3,6 +3,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -25,9 +26,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "tests")]
 
 import train  # noqa: E402
 import trl_nthr  # noqa: E402
-import trl_worker  # noqa: E402
 from nthr import nthr_advantages  # noqa: E402
-from rollout import Rollout, encode_prompt, generate, stop_token_ids  # noqa: E402
+from rollout import encode_prompt, generate, stop_token_ids  # noqa: E402
 from trl_nthr import NTHRTrainer  # noqa: E402
 from trl_worker import CASES, ROWS, config, first_batch, fixed_trainer, rollouts, tiny_model, verdict  # noqa: E402
 
@@ -149,6 +149,7 @@ def test_one_process_has_those_of_nthr_advantages_and_of_all_pairs(tmp_path, G):
     rows, verdicts, model = rollouts(G), torch.tensor([verdict(row) for row in range(ROWS)]), tiny_model()
     trainer = fixed_trainer(tmp_path, G, nthr_beta=0.5, options={"per_device_train_batch_size": ROWS})
     found = first_batch(trainer)["advantages"]
+    assert trainer.model.training and not trainer.model.base_model._forward_hooks      # all is as it was
     check(found, expected(model.state_dict(), rows, verdicts.tolist(), G, beta=0.5))
     for first in range(0, ROWS, G):
         group = rows[first:first + G]
@@ -303,6 +304,35 @@ def test_the_example_learns_and_its_prompts_and_stops_are_those_of_rollout(tmp_p
         texts = generate(model, tokenizer, [encode_prompt(tokenizer, row["problem"]) for row in problems], 1, 64, 0.0).texts
         return sum(train.math_reward(text, row["answer"]) for text, row in zip(texts, problems)) / len(problems)
     assert accuracy(train.load_model(str(tmp_path / "out"), "cpu")) > accuracy(tiny_model()) + 0.05
+
+
+def test_the_example_with_a_model_and_data_of_ones_own(tmp_path, monkeypatch, capsys):
+    """No chat template, an end of turn that the model does not list, LoRA, bfloat16, gradient checkpointing, KL."""
+    folder, data, trainers = tmp_path / "model", tmp_path / "data.jsonl", []
+    shutil.copytree(trl_nthr.TINY, folder, ignore=shutil.ignore_patterns("*.py", "*.jsonl", "stack", "*.jinja"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.save_pretrained(folder)
+    assert not tokenizer.chat_template
+    data.write_text("".join(json.dumps({"question": f"{i}+1", "answer": i + 1}) + "\n" for i in range(4)))
+
+    class Kept(Recorder):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            trainers.append(self)
+    monkeypatch.setattr(trl_nthr, "NTHRTrainer", Kept)
+    monkeypatch.setattr(sys, "argv", f"trl_nthr.py --model {folder} --data {data} --lora_rank 2 --num_generations 4 --max_steps "
+                        f"1 --generation_batch_size 16 --max_completion_length 8 --output_dir {tmp_path / 'out'} "
+                        f"--gradient_accumulation_steps 2 --eta p --nthr_beta 0.5 --use_cpu".split())
+    trl_nthr.main()
+    trainer, = trainers
+    assert sorted(trainer.eos_token_ids) == stop_token_ids(tiny_model(), tokenizer) == [1, len(tokenizer) - 1]
+    prompts = [prompt for prompt, _ in trainer.generations[0][1]]
+    assert sorted(prompts) == sorted(4 * [encode_prompt(tokenizer, f"{i}+1") for i in range(4)])
+    assert trainer._nthr == {"beta": 0.5, "eta": "p", "temperature": 1.0}
+    assert trainer.args.bf16 and trainer.args.gradient_checkpointing and trainer.args.beta == 1e-4
+    assert (tmp_path / "out" / "adapter_config.json").is_file()
+    assert "success rate: 0.0% at first, 0.0% at last" in capsys.readouterr().out
 
 
 # What TRL can be set to
