@@ -6,8 +6,8 @@ accelerate launch examples/trl_nthr.py --model Qwen/Qwen2.5-1.5B            # Ap
 
 The flags are those of `Script` and of GRPOConfig. With or without NTHR, TRL's update differs from train.py's in
     advantages    over the sample standard deviation + 1e-4: √((G−1)/G) of §2's, which AdamW mostly divides out
-    normaliser    Eq. 1 averages over a question's tokens, then over questions; "dapo" (the default) and "bnpo" over all
-                  tokens, also of groups without signal: equal if all groups have as many. "grpo", "dr_grpo": never
+    normaliser    Eq. 1 averages over a question's tokens, then over questions; "dapo" (the default) over all tokens and
+                  "bnpo" over a micro-batch's: equal if all groups have as many, also those without signal
     KL term       times the ratio γ, unless use_bias_correction_kl is off, as it is by default here
 Tests run one and two CPU processes, LoRA, and the sharded forward pass of FSDP. Not run: GPUs, vLLM, DeepSpeed.
 """

@@ -1,4 +1,4 @@
-"""examples/trl_nthr.py against Eq. 7 over all pairs of tokens, plain GRPOTrainer and train.py, on one and two processes."""
+"""examples/trl_nthr.py, on one and two processes, against Eq. 7 over all pairs of tokens, GRPOTrainer and train.py."""
 import copy
 import json
 import math
@@ -62,7 +62,7 @@ def reduced(weights, group, verdicts, beta=1.0, eta=None, temperature=1.0, valid
     if p in (0, 1):
         return result
     used = sorted({y for i in scored for y, ok in zip(group[i][1], valid[i]) if ok})
-    tokens = []                                                                # (row, position, state, e_y − π over V*_x)
+    tokens = []                                                                # row, position, state, e_y − π over V*_x
     for i in scored:
         prompt, answer = group[i]
         output = model(torch.tensor([prompt + answer]), output_hidden_states=True)
@@ -178,6 +178,9 @@ def sometimes(completion_ids, **_):
     return [None if len(ids) % 3 == 0 else float(sum(ids) % 2) for ids in completion_ids]
 
 
+FIELDS = "prompt_ids", "prompt_mask", "completion_ids", "advantages"
+
+
 class Recorder(NTHRTrainer):
     """Keeps what it generates, with the weights it did that with, and what it trains on."""
 
@@ -197,20 +200,18 @@ class Recorder(NTHRTrainer):
         return batch
 
     def _compute_loss(self, model, inputs):
-        self.trained.append({name: inputs[name].clone() for name in (
-            "prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")})
+        self.trained.append({name: inputs[name].clone() for name in (*FIELDS, "completion_mask")})
         return super()._compute_loss(model, inputs)
 
 
-def questions(count=12):
-    rows = train.load_problems(str(ROOT / "tiny" / "train.jsonl"))[:count]
-    prompts = [[{"role": "user", "content": f"{row['problem']}\n{trl_nthr.INSTRUCTION}"}] for row in rows]
-    return rows, Dataset.from_dict({"prompt": prompts})
-
-
-def run(folder, kind, rewards=(right,), lora=None, options=None, model=None, **arguments):
-    trainer = kind(model or tiny_model(attention_dropout=0.1), list(rewards), config(folder, **(options or {})),
-                   questions()[1], processing_class=AutoTokenizer.from_pretrained(trl_nthr.TINY, padding_side="left"),
+def run(folder, kind, rewards=(right,), lora=None, options=None, **arguments):
+    """Two steps or more on chats with the embedded model, with dropout, which samples by itself."""
+    problems = train.load_problems(str(ROOT / "tiny" / "train.jsonl"))[:12]
+    prompts = [[{"role": "user", "content": row["problem"]}] for row in problems]
+    options = {"max_steps": 2} | (options or {})
+    trainer = kind(tiny_model(attention_dropout=0.1), list(rewards), config(folder, **options),
+                   Dataset.from_dict({"prompt": prompts}),
+                   processing_class=AutoTokenizer.from_pretrained(trl_nthr.TINY, padding_side="left"),
                    peft_config=lora and LoraConfig("CAUSAL_LM", target_modules="all-linear", **lora), **arguments)
     trainer.train()
     return trainer
@@ -219,10 +220,10 @@ def run(folder, kind, rewards=(right,), lora=None, options=None, model=None, **a
 ADAPTER = {"r": 4, "lora_dropout": 0.2, "init_lora_weights": False}
 RUNS = {   # name: arguments of `run`, and the micro-batches of a generation
     "gradient accumulation": ({"options": {
-        "per_device_train_batch_size": 6, "gradient_accumulation_steps": 4, "max_steps": 2}}, 4),
+        "per_device_train_batch_size": 6, "gradient_accumulation_steps": 4}}, 4),
     "two updates of a generation": ({"options": {"steps_per_generation": 2, "max_steps": 4}}, 2),
     "num_iterations": ({"options": {"num_iterations": 2, "max_steps": 4}}, 2),
-    "LoRA": ({"lora": ADAPTER, "options": {"max_steps": 2}}, 1),
+    "LoRA": ({"lora": ADAPTER}, 1),
     "temperature": ({"options": {"temperature": 1.6}}, 1),
     "cold": ({"options": {"temperature": 0.6, "scale_rewards": "none"}}, 1),
     "truncated": ({"options": {"mask_truncated_completions": True, "max_completion_length": 33, "max_steps": 3},
@@ -234,7 +235,7 @@ RUNS = {   # name: arguments of `run`, and the micro-batches of a generation
 @pytest.mark.parametrize("name", RUNS)
 def test_what_is_trained_on_is_algorithm_1_of_what_was_generated(tmp_path, name):
     arguments, parts = RUNS[name]
-    options, rewards = arguments["options"] if "options" in arguments else {}, arguments.get("rewards", (right,))
+    options, rewards = arguments.get("options", {}), arguments.get("rewards", (right,))
     trainer = run(tmp_path, Recorder, **arguments)
     assert len(trainer.trained) == parts * len(trainer.generations)
     total = truncated = 0
@@ -251,19 +252,13 @@ def test_what_is_trained_on_is_algorithm_1_of_what_was_generated(tmp_path, name)
                           eta=arguments.get("eta"), temperature=options.get("temperature", 1.0))
         check(trainer.generations[number][2], wanted)
         total, truncated = total + weakened(wanted), truncated + ended.count(False)
-        of = {(tuple(prompt), tuple(answer)): values for (prompt, answer), values in zip(rows, wanted)}
-        seen = Counter()
+        T = max(len(answer) for _, answer in rows)                             # TRL shuffles and splits: find them again
+        keys, seen = [(*prompt, -1, *answer, *[0] * (T - len(answer))) for prompt, answer in rows], []
         for batch in trainer.trained[parts * number:parts * (number + 1)]:
-            for i in range(len(batch["advantages"])):
-                prompt = tuple(batch["prompt_ids"][i][batch["prompt_mask"][i].bool()].tolist())
-                keys = [key for key in of if key[0] == prompt and key[1] == tuple(
-                    batch["completion_ids"][i][:len(key[1])].tolist()) and (len(key[1]) == batch["completion_ids"].shape[1]
-                                                                            or batch["completion_ids"][i][len(key[1])] == 0)]
-                seen[keys[0]] += 1
-                check(batch["advantages"][i:i + 1], [of[keys[0]]])
-        repeats = options.get("num_iterations", 1)
-        assert seen == Counter({key: repeats * count for key, count in Counter(
-            (tuple(prompt), tuple(answer)) for prompt, answer in rows).items()})
+            for ids, mask, answer, A in zip(*(batch[field] for field in FIELDS)):
+                seen.append((*ids[mask.bool()].tolist(), -1, *answer.tolist()))
+                check(A[None], [wanted[keys.index(seen[-1])]])
+        assert Counter(seen) == Counter(keys * options.get("num_iterations", 1))
     assert total > 0
     if name == "truncated":
         assert truncated > 0 and trainer.trained[0]["completion_mask"].sum(1).eq(0).any()
@@ -301,7 +296,8 @@ def test_the_example_learns_and_its_prompts_and_stops_are_those_of_rollout(tmp_p
     assert "success rate: " in capsys.readouterr().out
 
     def accuracy(model):
-        texts = generate(model, tokenizer, [encode_prompt(tokenizer, row["problem"]) for row in problems], 1, 64, 0.0).texts
+        asked = [encode_prompt(tokenizer, row["problem"]) for row in problems]
+        texts = generate(model, tokenizer, asked, 1, 64, 0.0).texts
         return sum(train.math_reward(text, row["answer"]) for text, row in zip(texts, problems)) / len(problems)
     assert accuracy(train.load_model(str(tmp_path / "out"), "cpu")) > accuracy(tiny_model()) + 0.05
 
@@ -321,9 +317,10 @@ def test_the_example_with_a_model_and_data_of_ones_own(tmp_path, monkeypatch, ca
             super().__init__(*args, **kwargs)
             trainers.append(self)
     monkeypatch.setattr(trl_nthr, "NTHRTrainer", Kept)
-    monkeypatch.setattr(sys, "argv", f"trl_nthr.py --model {folder} --data {data} --lora_rank 2 --num_generations 4 --max_steps "
-                        f"1 --generation_batch_size 16 --max_completion_length 8 --output_dir {tmp_path / 'out'} "
-                        f"--gradient_accumulation_steps 2 --eta p --nthr_beta 0.5 --use_cpu".split())
+    monkeypatch.setattr(sys, "argv", [
+        "trl_nthr.py", "--model", str(folder), "--data", str(data), "--output_dir", str(tmp_path / "out"), *(
+            "--lora_rank 2 --num_generations 4 --max_steps 1 --generation_batch_size 16 --max_completion_length 8 "
+            "--gradient_accumulation_steps 2 --eta p --nthr_beta 0.5 --use_cpu").split()])
     trl_nthr.main()
     trainer, = trainers
     assert sorted(trainer.eos_token_ids) == stop_token_ids(tiny_model(), tokenizer) == [1, len(tokenizer) - 1]
@@ -417,7 +414,7 @@ def test_settings_that_cannot_work_are_refused_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="half must return 1 .right., 0 .wrong. or None"):
         first_batch(fixed_trainer(tmp_path, 4, rewards=[half]))
     for correctness in (None, "missing"):
-        with pytest.raises(ValueError, match=f"correctness must name one of the reward functions verdict, other, got {correctness}"):
+        with pytest.raises(ValueError, match=f"one of the reward functions verdict, other, got {correctness}"):
             fixed_trainer(tmp_path, 4, rewards=[verdict, other], correctness=correctness)
     with pytest.raises(ValueError, match="eta must be one of"):
         fixed_trainer(tmp_path, 4, eta="q")
@@ -431,9 +428,9 @@ def test_settings_that_cannot_work_are_refused_in_one_line(tmp_path):
     capped.config.logits_scaling = 2.0
     with pytest.raises(ValueError, match="logits_scaling = 2.0"):
         fixed_trainer(tmp_path, 4, model=capped)
-    copied = get_peft_model(tiny_model(), LoraConfig("CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    adapter = LoraConfig("CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head"])
     with pytest.raises(ValueError, match="lm_head is no torch.nn.Linear"):
-        fixed_trainer(tmp_path, 4, model=copied)
+        fixed_trainer(tmp_path, 4, model=get_peft_model(tiny_model(), adapter))
 
 
 # Against train.py
@@ -450,7 +447,7 @@ def sampled(cuts):
 
 
 def ours(rollout, rewards, updates=1, kl_coef=0.0):
-    """train.py's updates by SGD, with its advantages in TRL's scale. Returns the change of the weights and the losses."""
+    """train.py's updates by SGD, with advantages in TRL's scale. Returns the change of the weights and the losses."""
     count = str(len(rewards))
     args = train.parse_args(["--group-size", "4", "--batch-size", count, "--minibatch-size", count, "--beta", "0.1",
                              "--kl-coef", str(kl_coef)])
@@ -465,18 +462,21 @@ def ours(rollout, rewards, updates=1, kl_coef=0.0):
 
 
 def theirs(folder, rows, rewards, updates=1, kl_coef=0.0, **options):
+    """The same by `NTHRTrainer`, which is given the rows (`sampled`) and their rewards."""
     flat, model = rewards.flatten().tolist(), tiny_model()
 
     def given(row):
         return flat[row]
     trainer = fixed_trainer(folder, 4, rows=rows, rewards=[given], nthr_beta=0.1, model=model, options={
         "per_device_train_batch_size": len(rows), "num_iterations": updates, "max_steps": updates, "learning_rate": 0.1,
-        "beta": kl_coef, "use_bias_correction_kl": False, **options}, optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None))
+        "beta": kl_coef, "use_bias_correction_kl": False, **options},
+        optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None))
     trainer.train()
     return change(model), [float(log["loss"]) for log in trainer.state.log_history if "loss" in log]
 
 
 def change(model):
+    """What training added to the weights of the embedded model, as one vector."""
     with torch.no_grad():
         return torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), tiny_model().parameters())])
 

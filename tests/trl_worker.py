@@ -1,6 +1,6 @@
-"""What the tests of examples/trl_nthr.py run in one process and, by torchrun, in two: `python tests/trl_worker.py FOLDER`.
+"""What test_trl.py runs in its own process and, by torchrun, in two: `torchrun … tests/trl_worker.py FOLDER`.
 
-Rows of rollouts are fixed, so that the test process knows what every process has; reward and questions are made up."""
+Rollouts, rewards and questions are made up and fixed, so that the test knows what every process has."""
 import json
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ CASES = {   # name: (G, per_device_train_batch_size of each of two processes, ho
 
 
 def verdict(row):
-    """Whether row `row` of all is right: mixed groups, of which process 0 has more, and a last one that is all wrong."""
+    """1.0 if row `row` of all is right: mixed groups, of which process 0 has more, and last ones that are all wrong."""
     return float(row < 16 and row % 3 == 0)
 
 
@@ -33,7 +33,7 @@ def rollouts(G):
     def ids(length):
         return torch.randint(4, 100, (length,), generator=generator).tolist()
     prompts = [ids(5 + 3 * (group % 3)) for group in range(ROWS // G)]
-    shared = [ids(6) for _ in prompts]                                         # wrong answers share steps with right ones
+    shared = [ids(6) for _ in prompts]                                         # wrong answers share tokens with right
     return [(prompts[row // G], shared[row // G][:3 + row % 4] + ids(2 + row * 7 % 11) + [1]) for row in range(ROWS)]
 
 
@@ -50,11 +50,11 @@ def tiny_model(**options):
     return AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, **options)
 
 
-def fixed_trainer(folder, G, rows=None, kind=NTHRTrainer, rewards=None, extra=None, model=None, options=None, **arguments):
+def fixed_trainer(folder, G, rows=None, kind=NTHRTrainer, rewards=(verdict,), extra=None, model=None, options=None,
+                  **arguments):
     """A trainer of `kind` whose rollouts are the given rows, of which each process takes its block.
 
-    rewards: a list of reward functions of the row number (default: `verdict`). extra: fields of the rollouts by name, a
-    list with an entry per row."""
+    rewards: functions of the row number. extra: more fields of the rollouts by name, a list with an entry per row."""
     rows = rows or rollouts(G)
 
     def rollout(prompts, trainer):
@@ -70,7 +70,7 @@ def fixed_trainer(folder, G, rows=None, kind=NTHRTrainer, rewards=None, extra=No
         reward.__name__ = of_row.__name__
         return reward
     questions = Dataset.from_dict({"prompt": [f"question {i}" for i in range(len(rows) // G)]})
-    return kind(model or tiny_model(), [function(of_row) for of_row in rewards or [verdict]],
+    return kind(model or tiny_model(), [function(of_row) for of_row in rewards],
                 config(folder, num_generations=G, **(options or {})), questions,
                 processing_class=AutoTokenizer.from_pretrained(TINY, padding_side="left"), rollout_func=rollout,
                 **arguments)
