@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from grpo import check_head                                                    # noqa: E402
 from nthr import nthr_advantages, nthr_eta                                     # noqa: E402
 from rollout import INSTRUCTION, stop_token_ids                                # noqa: E402
-from train import EMBEDDED, TINY, load_problems, load_reward                   # noqa: E402
+from train import EMBEDDED, TINY, load, load_problems, load_reward             # noqa: E402
 
 
 class NTHRTrainer(GRPOTrainer):
@@ -126,8 +126,8 @@ def main():
         parser.set_defaults(max_steps=210, learning_rate=5e-7, beta=1e-4, max_completion_length=2500,
                             generation_batch_size=256, gradient_accumulation_steps=max(1, 16 // processes))
     own, config = parser.parse_args_into_dataclasses()
-    model = AutoModelForCausalLM.from_pretrained(own.model, **{"dtype": "float32"} | (config.model_init_kwargs or {}))
-    tokenizer, checker = AutoTokenizer.from_pretrained(own.model, padding_side="left"), load_reward(own.reward)
+    tokenizer, checker = load(AutoTokenizer, own.model, padding_side="left"), load_reward(own.reward)
+    model = load(AutoModelForCausalLM, own.model, **{"dtype": "float32"} | (config.model_init_kwargs or {}))
     model.generation_config.eos_token_id = stop_token_ids(model, tokenizer)    # also the end of a chat turn
     with config.main_process_first():                                          # it downloads, the others find the file
         problems = load_problems(own.data)

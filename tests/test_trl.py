@@ -252,7 +252,7 @@ def test_what_is_trained_on_is_algorithm_1_of_what_was_generated(tmp_path, name)
                           eta=arguments.get("eta"), temperature=options.get("temperature", 1.0))
         check(trainer.generations[number][2], wanted)
         total, truncated = total + weakened(wanted), truncated + ended.count(False)
-        T = max(len(answer) for _, answer in rows)                             # TRL shuffles and splits: find them again
+        T = max(len(answer) for _, answer in rows)                             # TRL shuffles and splits rows: find them
         keys, seen = [(*prompt, -1, *answer, *[0] * (T - len(answer))) for prompt, answer in rows], []
         for batch in trainer.trained[parts * number:parts * (number + 1)]:
             for ids, mask, answer, A in zip(*(batch[field] for field in FIELDS)):
@@ -330,6 +330,17 @@ def test_the_example_with_a_model_and_data_of_ones_own(tmp_path, monkeypatch, ca
     assert trainer.args.bf16 and trainer.args.gradient_checkpointing and trainer.args.beta == 1e-4
     assert (tmp_path / "out" / "adapter_config.json").is_file()
     assert "success rate: 0.0% at first, 0.0% at last" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--model", "missing"], "cannot load the model missing"),
+    (["--data", "missing"], "cannot read the data file missing"),
+    (["--eta", "q"], "eta must be one of 2|0.5-p|, p, 1-p or a number in [0, 1], got 'q'")])
+def test_bad_flags_of_the_example_end_with_one_line(tmp_path, monkeypatch, flags, message):
+    monkeypatch.setattr(sys, "argv", ["trl_nthr.py", "--output_dir", str(tmp_path), "--use_cpu", *flags])
+    with pytest.raises((SystemExit, ValueError)) as caught:
+        trl_nthr.main()
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 # What TRL can be set to
