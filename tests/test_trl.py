@@ -333,7 +333,7 @@ def test_the_example_with_a_model_and_data_of_ones_own(tmp_path, monkeypatch, ca
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--model", "missing"], "cannot load the model missing"),
+    (["--model", "."], "cannot load the model ."),                             # a folder: nothing is asked of a hub
     (["--data", "missing"], "cannot read the data file missing"),
     (["--eta", "q"], "eta must be one of 2|0.5-p|, p, 1-p or a number in [0, 1], got 'q'")])
 def test_bad_flags_of_the_example_end_with_one_line(tmp_path, monkeypatch, flags, message):
