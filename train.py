@@ -207,7 +207,10 @@ def parse_args(argv=None):
         fail(f"{out}/answers.jsonl holds the answers of an earlier evaluation: move it away, or choose another --out")
     if not args.resume and not args.eval_only and (checkpoints(out) or (Path(out) / "metrics.jsonl").exists()):
         fail(f"{args.out} already holds a run: continue it with --resume {args.out}, or choose another --out")
-    check(args)
+    try:
+        check(args)
+    except TypeError as error:
+        fail(f"--resume: {out}/config.json is damaged: {error}")
     return args
 
 
@@ -223,7 +226,7 @@ def recorded_flags(out, parser):
         fail(f"--resume: {path} is damaged ({error}): start a new run with --model {out}/checkpoint")
     if missing:
         fail(f"--resume: {path} lacks {', '.join(sorted(missing))}: start a new run with --model {out}/checkpoint")
-    return recorded
+    return {**recorded, "eval_only": False}
 
 
 def check(args):
@@ -483,6 +486,8 @@ def load_config(name):
         for key, value in vars(part).items():
             if "drop" in key and isinstance(value, float):
                 setattr(part, key, 0.0)
+            if "implementation" in key and "/" in str(value):
+                fail(f"{name} asks for code from the Hub ({value}), which is not run: remove it from its config.json")
     try:
         check_cache(config)
     except ValueError as error:
@@ -894,7 +899,7 @@ def writing(path, args):
     """One line if a file of the output folder cannot be written, as on a full disk."""
     try:
         yield
-    except Exception as error:                                                 # torch.save and safetensors have their own
+    except Exception as error:                                                 # torch.save, safetensors have their own
         while error.__context__:                                               # the first cause is the clearest
             error = error.__context__
         begun = not args.eval_only and (Path(args.out) / "config.json").exists()
@@ -926,13 +931,15 @@ def replace(path, text):
 
 def sync(path):
     """Wait until a file, or the names in a folder, are on the disk."""
-    if os.name == "nt" and path.is_dir():                                      # Windows cannot
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError:
+        if not path.is_dir():                                                  # of which Windows and some disks of a
+            raise                                                              # network are not capable
 
 
 @contextmanager
@@ -980,6 +987,9 @@ def fault(checkpoint, args):
     name = "manifest.json"
     try:
         content = manifest(checkpoint)
+        there = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
+        for name in sorted(there - {"manifest.json"} ^ set(content["files"])):
+            return f"its {name} is missing" if name not in there else f"its {name} was not saved with it"
         for name, digest in content["files"].items():
             if sha256(checkpoint / name) != digest:
                 return f"its {name} is not the file that was saved"
@@ -1004,7 +1014,8 @@ def find_checkpoint(args):
         intact = next((path for path in found[1:] if not fault(path, args)), None)
         advice = "no older one is intact: start a new run with another --out"
         if intact:
-            advice = (f"the newest intact one is {intact}, of step {manifest(intact)['step']}: move {found[0]} away, "
+            damaged = " and ".join(map(str, found[:found.index(intact)]))
+            advice = (f"the newest intact one is {intact}, of step {manifest(intact)['step']}: move {damaged} away, "
                       f"and {resume(args)} continues from there")
         fail(f"{found[0]} cannot be used, {wrong}; {advice}")
     return found[0] if found else None
@@ -1055,7 +1066,7 @@ def save_checkpoint(model, tokenizer, optimizer, state, args):
 def restore(optimizer, checkpoint, args, data):
     """Load optimizer and RNG states and cut the logs back to the checkpoint's step. Returns the run's state.
 
-    data: the hash of the training problems and prompts, which must be those that the run began with."""
+    data: the hash of the problems and their tokens, which must be those that the run began with."""
     try:
         saved = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
         optimizer.load_state_dict(saved["optimizer"])
@@ -1067,8 +1078,8 @@ def restore(optimizer, checkpoint, args, data):
         fail(f"{checkpoint}/trainer.pt cannot be used ({' '.join(str(error).split())[:200]}): start a new run with "
              f"--model {checkpoint}")
     if state["data"] != data:
-        fail(f"the problems of {args.data}, or their tokens, are not those that the run began with: put the file back "
-             f"as it was, or start a new run with --model {checkpoint}")
+        fail(f"the problems of {args.data} or {args.eval_data}, or their tokens, are not those that the run began "
+             f"with: put them back as they were, or start a new run with --model {checkpoint}")
     for name in ("metrics.jsonl", "samples.jsonl"):
         path = Path(args.out) / name
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
@@ -1078,6 +1089,9 @@ def restore(optimizer, checkpoint, args, data):
                 kept += [line] if json.loads(line)["step"] <= state["step"] else []
             except (ValueError, KeyError, TypeError):
                 fail(f"{path}, line {number} is damaged: mend or remove it, then continue with {resume(args)}")
+        steps = [json.loads(line)["step"] for line in kept]
+        if name == "metrics.jsonl" and steps != list(range(state["step"] + 1)) and (steps or state["step"]):
+            fail(f"{path} does not have each of the steps 0 to {state['step']} once: mend it, or choose another --out")
         with writing(path, args):
             replace(path, "".join(line + "\n" for line in kept))
     return state
@@ -1105,24 +1119,29 @@ def train_step(model, reference, tokenizer, optimizer, problems, prompts, args, 
     return {**NOT_MEASURED, **metrics, "seconds": timer}
 
 
+@contextmanager
+def stoppable():
+    """Ctrl-C and SIGTERM raise a KeyboardInterrupt with the signal's number; on leaving, handlers are as before."""
+    def stop(number, _):
+        raise KeyboardInterrupt(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def train(args):
     """Train, or with --eval-only evaluate. All goes to args.out, where no other process may write meanwhile."""
-    with claimed(args.out):
+    with stoppable(), claimed(args.out):
         (evaluate_only if args.eval_only else run)(args)
 
 
 def run(args):
     """Set up, then `train_step` by `train_step`, and see to it that the run can be continued, whatever ends it."""
-    out, state, signals = Path(args.out), dict(START), []
-
-    def interrupt(number, _):
-        signals.append(number)
-        if len(signals) > 1 or not state["moved"]:
-            raise KeyboardInterrupt
-        tqdm.write("finishing this step, then saving; once more stops at once, at the last checkpoint")
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+    out, state = Path(args.out), dict(START)
     checkpoint = find_checkpoint(args) if args.resume else None
     tokenizer = load(AutoTokenizer, checkpoint or args.model)                  # first: a misspelt id is found at once
     problems, eval_problems = load_data(args)
@@ -1131,26 +1150,34 @@ def run(args):
                              for rows in (problems, eval_problems))
     announce_memory(config, args, max(map(len, prompts)))
     model, reference, optimizer = load_policy(checkpoint or args.model, args)
-    state["data"] = hashlib.sha256(json.dumps([problems, prompts]).encode()).hexdigest()
+    data = json.dumps([problems, prompts, eval_problems, eval_prompts])
+    state["data"] = hashlib.sha256(data.encode()).hexdigest()
     if checkpoint:
         state = restore(optimizer, checkpoint, args, state["data"])
         if state["step"] >= args.steps:
             return print(f"{args.out} is complete at step {state['step']}: pass a larger --steps to go on")
     with writing(out / "config.json", args):
         replace(out / "config.json", json.dumps(recordable(args), indent=1))
-    if not checkpoint:
-        save_checkpoint(model, tokenizer, optimizer, state, args)
-    complete, saved = dict(state), state["step"]                               # of the last whole step; what is on disk
-    shortage, stopped, delta = None, False, math.nan                           # Δ that was last measured
+    complete, saved = dict(state), state["step"]                               # after the last whole step; step on disk
+    signals, saving, stop, delta = [], False, None, math.nan                   # why it ended; Δ that was last measured
 
-    def keep():
-        """Save the last whole step, unless an update of the next one has moved the weights. Returns the step saved."""
-        if complete["step"] > saved and not state["moved"]:
-            save_checkpoint(model, tokenizer, optimizer, complete, args)
-            return complete["step"]
-        return saved
+    def interrupt(number, _):
+        signals.append(number)
+        if not saving and (len(signals) > 1 or not state["moved"]):
+            raise KeyboardInterrupt(number)
+        os.write(2, b"\nfinishing this step and saving it; once more gives the step up\n")    # print may be at work
 
+    def save(whole):
+        nonlocal saved, saving
+        saving = True                                                          # an interrupt waits, as torch.save
+        save_checkpoint(model, tokenizer, optimizer, whole, args)              # would turn it into another error
+        saved, saving = whole["step"], False
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     try:
+        if not checkpoint:
+            save(state)
         if state["step"] == 0 and not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text()):
             (out / "samples.jsonl").unlink(missing_ok=True)                    # of an evaluation that was cut short
             with memory_for("evaluation"):
@@ -1159,48 +1186,48 @@ def run(args):
         with tqdm(range(state["step"] + 1, args.steps + 1), initial=state["step"], total=args.steps,
                   desc=args.method) as bar:
             for step in bar:
+                if signals:                                                    # one that had to wait
+                    raise KeyboardInterrupt(signals[0])
                 metrics = train_step(model, reference, tokenizer, optimizer, problems, prompts, args, step, state)
                 if step == args.steps or (args.eval_every and step % args.eval_every == 0):
                     with metrics["seconds"]("evaluation"):
                         metrics |= evaluate(model, tokenizer, eval_problems, eval_prompts, args, step)
                 append(args, "metrics.jsonl", [{"step": step, **metrics, "peak_memory_gib": peak_memory()}])
-                diverged = state["nonfinite"] >= 3
-                state |= {"step": step, "moved": False, "nonfinite": 0 if diverged else state["nonfinite"]}
-                complete = dict(state)                                         # after divergence it may be tried again
+                diverged = state["nonfinite"] >= 3                             # after which it may be tried again
+                complete = {**state, "step": step, "moved": False, "nonfinite": 0 if diverged else state["nonfinite"]}
+                state = dict(complete)
                 delta = delta if metrics["delta_mean"] is None else metrics["delta_mean"]
                 bar.set_postfix({"success": f"{metrics['success_rate']:.2f}", "Δ": f"{delta:.2f}",
                                  "tok/s": f"{metrics['tokens_per_second']:.0f}"})
-                stopped = bool(signals) and step < args.steps
-                if step == args.steps or stopped or diverged or (args.save_every and step % args.save_every == 0):
-                    save_checkpoint(model, tokenizer, optimizer, state, args)
-                    saved = step
+                if step == args.steps or signals or diverged or (args.save_every and step % args.save_every == 0):
+                    save(state)
                 if diverged:
                     offending = sorted(set(state["offending"]))
                     shown = ", ".join(map(str, offending[:20])) + ", ..." * (len(offending) > 20)
                     fail(f"three updates in a row had a non-finite loss or gradient, with problems {shown} of "
                          f"{args.data} (all in metrics.jsonl); the last good weights are in {out}/checkpoint: start "
                          f"again from there with a lower --lr")
-                if stopped:
-                    break
-    except KeyboardInterrupt:
-        stopped, saved = True, keep()
-    except OutOfMemory as error:
-        shortage = str(error)                                                  # not the error: it holds the tensors
-    except FloatingPointError as error:
-        fail(f"{error}; the last checkpoint is of step {saved}: {resume(args)} continues from there")
-    except Exception:                                                          # of a --reward FILE.py, or a fault here
-        tqdm.write(f"this run broke; {resume(args)} continues it after step {keep()}", file=sys.stderr)
-        raise
-    if shortage:
-        optimizer.zero_grad(set_to_none=True)
-        fail(f"{shortage}; continue with step {keep() + 1} by {resume(args)} and the lower value")
-    if stopped:
+    except (KeyboardInterrupt, Exception) as error:
+        stop = OutOfMemory(str(error)) if isinstance(error, OutOfMemory) else error    # itself it holds the tensors
+    if stop is None:
+        if not optimizer.state and not state["nonfinite"]:                     # AdamW has moments from the first update
+            tqdm.write("warning: no update was made, as no question had both right and wrong answers: look at --reward "
+                       "and --data, or draw more with --group-size or --sampling-rounds", file=sys.stderr)
+        return print(f"done: metrics in {args.out}/metrics.jsonl, the model in {args.out}/checkpoint")
+    optimizer.zero_grad(set_to_none=True)
+    try:                                                                       # weights that gave NaN are not kept
+        if complete["step"] > saved and not state["moved"] and not isinstance(stop, FloatingPointError):
+            save(complete)
+    finally:
+        if not isinstance(stop, (KeyboardInterrupt, FloatingPointError, OutOfMemory)):
+            tqdm.write(f"this run broke; {resume(args)} continues it after step {saved}", file=sys.stderr)
+            raise stop                                                         # of a --reward FILE.py, or a fault here
+    if isinstance(stop, KeyboardInterrupt):
         print(f"stopped after step {saved}; continue with: {resume(args)}")
-        sys.exit(128 + (signals or [signal.SIGINT])[0])
-    if not optimizer.state and not state["nonfinite"]:                         # AdamW has its moments from the first update
-        tqdm.write("warning: no update was made, as no question had both right and wrong answers: look at --reward and "
-                   "--data, or draw more with --group-size or --sampling-rounds", file=sys.stderr)
-    print(f"done: metrics in {args.out}/metrics.jsonl, the model in {args.out}/checkpoint")
+        sys.exit(128 + (stop.args or (signal.SIGINT,))[0])
+    if isinstance(stop, OutOfMemory):
+        fail(f"{stop}; continue with step {saved + 1} by {resume(args)} and the lower value")
+    fail(f"{stop}; the last checkpoint is of step {saved}: {resume(args)} continues from there")
 
 
 if __name__ == "__main__":
@@ -1208,5 +1235,6 @@ if __name__ == "__main__":
         train(parse_args())
     except (FloatingPointError, OutOfMemory) as error:
         fail(error)
-    except KeyboardInterrupt:
-        fail("interrupted before there was a result: start it again")
+    except KeyboardInterrupt as error:
+        print("interrupted before there was a result: run the same command again", file=sys.stderr)
+        sys.exit(128 + (error.args or (signal.SIGINT,))[0])

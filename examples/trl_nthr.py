@@ -127,22 +127,22 @@ def main():
                             generation_batch_size=256, gradient_accumulation_steps=max(1, 16 // processes))
     own, config = parser.parse_args_into_dataclasses()
     tokenizer, checker = load(AutoTokenizer, own.model, padding_side="left"), load_reward(own.reward)
-    model = load(AutoModelForCausalLM, own.model, **{"dtype": "float32"} | (config.model_init_kwargs or {}))
+    model = load(AutoModelForCausalLM, own.model, use_safetensors=True,
+                 **{"dtype": "float32"} | (config.model_init_kwargs or {}))
     model.generation_config.eos_token_id = stop_token_ids(model, tokenizer)    # also the end of a chat turn
     with config.main_process_first():                                          # it downloads, the others find the file
         problems = load_problems(own.data)
     for row in problems:                                                       # prompts as in rollout.encode_prompt
         text = f"{row['problem']}\n{INSTRUCTION}" if own.reward == "math" else row["problem"]
         row["prompt"] = [{"role": "user", "content": text}] if tokenizer.chat_template else f"Question: {text}\nAnswer:"
-
     def success(completions, answer, **_):
         return [checker(y if isinstance(y, str) else y[0]["content"], gold) for y, gold in zip(completions, answer)]
     lora = LoraConfig("CAUSAL_LM", r=own.lora_rank, target_modules="all-linear") if own.lora_rank else None
     trainer = NTHRTrainer(model, success, config, Dataset.from_list(problems), processing_class=tokenizer,
                           peft_config=lora, nthr_beta=own.nthr_beta, eta=own.eta)
     trainer.train(config.resume_from_checkpoint)
-    trainer.save_model()
     first, *_, last = [log["reward"] for log in trainer.state.log_history if "reward" in log] * 2
+    trainer.save_model()
     trainer.accelerator.print(f"success rate: {first:.1%} at first, {last:.1%} at last; saved to {config.output_dir}")
 
 

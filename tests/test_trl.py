@@ -121,7 +121,7 @@ def two_processes(tmp_path_factory):
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                     str(ROOT / "tests" / "trl_worker.py"), str(folder)], check=True, timeout=100,
                    env=os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
-    return {name: ([torch.load(folder / f"{name} {rank}.pt") for rank in (0, 1)],
+    return {name: ([torch.load(folder / f"{name} {rank}.pt", weights_only=True) for rank in (0, 1)],
                    [json.loads((folder / f"{name} {rank}.json").read_text()) for rank in (0, 1)]) for name in CASES}
 
 
