@@ -1163,7 +1163,7 @@ def run(args):
 
     def interrupt(number, _):
         signals.append(number)
-        if not saving and (len(signals) > 1 or not state["moved"]):
+        if stop is None and not saving and (len(signals) > 1 or not state["moved"]):
             raise KeyboardInterrupt(number)
         os.write(2, b"\nfinishing this step and saving it; once more gives the step up\n")    # print may be at work
 
