@@ -172,7 +172,7 @@ def in_process(processes, function, *args):
 
 
 @pytest.mark.parametrize("chain", range(12))
-def test_a_run_killed_three_times_at_random_moments_ends_like_one_that_was_not(chain, flags, whole, processes, tmp_path):
+def test_a_run_killed_three_times_at_random_moments_ends_like_any_other(chain, flags, whole, processes, tmp_path):
     """36 kills: each chain kills a run in three of the four phases, some milliseconds after it began one of them."""
     generator, folder = random.Random(chain), tmp_path / "run"
     for target, visit in zip(generator.sample(range(1, 5), 3), (generator.choice((1, 2)), 1, 1)):
@@ -222,8 +222,8 @@ def test_a_kill_before_any_file_operation_of_saving_leaves_a_whole_newest_checkp
         newest = train.find_checkpoint(args)                                   # ends with an error if it is not whole
         steps.append(torch.load(newest / "trainer.pt", weights_only=True)["state"]["step"])
         assert AutoModelForCausalLM.from_pretrained(newest) and AutoTokenizer.from_pretrained(newest)
-        assert not any(train.fault(path, args) for path in train.checkpoints(folder))      # older ones are whole, or gone
-    assert made.value > 20 and steps == sorted(steps) and set(steps) == {2, 3}     # the old one, and from a rename on the new
+        assert not any(train.fault(path, args) for path in train.checkpoints(folder))      # older ones, too
+    assert made.value > 20 and steps == sorted(steps) and set(steps) == {2, 3}     # the old one, from a rename on the new
 
 
 # ---------------------------------------------------------------------------------------------- 2. Ctrl-C and SIGTERM
@@ -266,7 +266,7 @@ def lines_of_a_step(record):
 
 
 @pytest.mark.parametrize("line", range(0, 14))
-def test_a_signal_before_any_line_that_keeps_the_books_leaves_weights_and_step_in_agreement(line, flags, tmp_path, capfd):
+def test_a_signal_before_any_line_that_keeps_the_books_leaves_the_weights_of_the_step(line, flags, tmp_path, capfd):
     sys.settrace(lines_of_a_step(lambda number: number == line and os.kill(os.getpid(), CTRL_C)))
     try:
         assert stops(*flags, "--save-every", 0, "--eval-every", 3, "--out", tmp_path / "run") == 130
@@ -440,16 +440,18 @@ def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypa
     args.out = str(tmp_path)
     model, tokenizer = (kind.from_pretrained(ROOT / "tiny") for kind in (AutoModelForCausalLM, AutoTokenizer))
     fsync, rename = os.fsync, Path.rename
-    monkeypatch.setattr(os, "fsync", lambda handle: done.append(os.readlink(f"/proc/self/fd/{handle}")) or fsync(handle))
+    monkeypatch.setattr(os, "fsync",
+                        lambda handle: done.append(os.readlink(f"/proc/self/fd/{handle}")) or fsync(handle))
     monkeypatch.setattr(Path, "rename", lambda self, to: done.append((str(self), str(to))) or rename(self, to))
     train.append(args, "metrics.jsonl", [{"step": 1}])
     train.save_checkpoint(model, tokenizer, torch.optim.AdamW(model.parameters()), dict(train.START), args)
-    temporary, final = tmp_path / "checkpoint.tmp", tmp_path / "checkpoint"
+    temporary, final, log = tmp_path / "checkpoint.tmp", tmp_path / "checkpoint", str(tmp_path / "metrics.jsonl")
     swap = done.index((str(temporary), str(final)))
     synced = set(done[:swap]) - {str(temporary / "manifest.tmp")}
     written = {str(temporary / path.name) for path in final.iterdir() if path.name != "manifest.json"}
-    assert synced == written | {str(temporary), str(tmp_path / "metrics.jsonl")} and done[0] == str(tmp_path / "metrics.jsonl")
-    assert str(temporary / "manifest.tmp") in done[:swap] and done[swap - 1] == str(temporary) and str(tmp_path) in done[swap:]
+    assert synced == written | {str(temporary), log} and done[0] == log
+    assert str(temporary / "manifest.tmp") in done[:swap] and done[swap - 1] == str(temporary)
+    assert str(tmp_path) in done[swap:]
 
 
 # --------------------------------------------------------------------------------------------- 4. damaged checkpoints
@@ -484,9 +486,10 @@ def of_another_run(path):
 
 
 DAMAGE = [("model.safetensors", cut), ("model.safetensors", flip_a_bit), ("model.safetensors", of_another_model),
-          ("model.safetensors", Path.unlink), ("trainer.pt", cut), ("trainer.pt", flip_a_bit), ("trainer.pt", Path.unlink),
-          ("tokenizer.json", Path.unlink), ("config.json", of_another_model), ("manifest.json", Path.unlink),
-          ("manifest.json", cut), ("manifest.json", of_another_run), ("manifest.json", lambda path: path.write_text("[]"))]
+          ("model.safetensors", Path.unlink), ("trainer.pt", cut), ("trainer.pt", flip_a_bit),
+          ("trainer.pt", Path.unlink), ("tokenizer.json", Path.unlink), ("config.json", of_another_model),
+          ("manifest.json", Path.unlink), ("manifest.json", cut), ("manifest.json", of_another_run),
+          ("manifest.json", lambda path: path.write_text("[]"))]
 
 
 @pytest.mark.parametrize("name, damage", DAMAGE, ids=lambda value: getattr(value, "__name__", value))
@@ -496,7 +499,7 @@ def test_a_damaged_checkpoint_is_named_and_the_newest_intact_one_offered(name, d
     message = error_of("--resume", folder, starts=True)
     assert f"{folder / 'checkpoint'} cannot be used" in message
     assert ("--lr 0.5, not 0.0001" if damage is of_another_run else name) in message
-    assert f"the newest intact one is {folder / 'checkpoint-2'}, of step 2: move {folder / 'checkpoint'} away" in message
+    assert f"the newest intact one is {folder}/checkpoint-2, of step 2: move {folder}/checkpoint away" in message
     assert (folder / "metrics.jsonl").read_bytes() == (stopped / "metrics.jsonl").read_bytes()
 
 
@@ -630,8 +633,8 @@ def test_code_that_a_runs_folder_names_as_its_reward_is_not_run_unasked(stopped,
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda config: [1], "lacks"), (lambda config: {"steps": 3}, "lacks"), (lambda config: {**config, "lr": None}, "damaged"),
-    (lambda config: {**config, "steps": [3]}, "damaged")])
+    (lambda config: [1], "lacks"), (lambda config: {"steps": 3}, "lacks"),
+    (lambda config: {**config, "lr": None}, "damaged"), (lambda config: {**config, "steps": [3]}, "damaged")])
 def test_a_config_that_is_not_that_of_a_run_is_named(change, words, stopped, tmp_path):
     folder = shutil.copytree(stopped, tmp_path / "run")
     write(folder / "config.json", json.dumps(change(json.loads((folder / "config.json").read_text()))))
@@ -705,8 +708,8 @@ def test_a_second_process_on_the_same_folder_refuses_until_the_first_is_gone(fla
 def questions_of(args, problems, step):
     """The ids of the problems that a step draws: the same permutation for every pass over the data."""
     places = range((step - 1) * args.batch_size, step * args.batch_size)
-    return [1 + int(np.random.default_rng([args.seed, i // len(problems)]).permutation(len(problems))[i % len(problems)])
-            for i in places]
+    orders = [np.random.default_rng([args.seed, i // len(problems)]).permutation(len(problems)) for i in places]
+    return [1 + int(order[i % len(problems)]) for order, i in zip(orders, places)]
 
 
 @pytest.mark.parametrize("whose", ["loss", "gradient"])
@@ -745,7 +748,8 @@ def test_three_skipped_updates_in_a_row_name_the_problems_of_these_three(flags, 
 
     def broken(*args, **kwargs):
         loss, metrics = original(*args, **kwargs)
-        return (loss * math.nan, {**metrics, "loss": metrics["loss"] * math.nan}) if next(calls) != 2 else (loss, metrics)
+        factor = 1.0 if next(calls) == 2 else math.nan
+        return loss * factor, {**metrics, "loss": metrics["loss"] * factor}
 
     monkeypatch.setattr(train, "grpo_loss", broken)
     message = error_of(*flags, "--out", tmp_path / "run", starts=True)
@@ -992,7 +996,8 @@ FRAGMENTS = sorted([  # all that the parser knows, and what it does not; sorted,
     "x \\in ", "f(x)=", "(-\\infty,2]", "0.\\overline{3}", "0.\\overline{", "\\overline{", "x_{12}", "12_5",
     "1,000", "1 000", "100,200", "3 1/2", "1\\frac12", " and ", " or ", "(C)", "III", "10:30", "miles per hour",
     "9" * 1000, "9" * 4400, "9^{9^9}", "2^{2000}", "899!", "1e999", "1e-999", "10^{400}", "10^{-320}", "0^0", "1/0",
-    "nan", "inf", "(-8)^{1/3}", "e^{i\\pi}", "{" * 50, "(" * 50, "\\{" * 30, "2^" * 40, "1," * 45, "-" * 60, "\ud800", "\udfff",
+    "nan", "inf", "(-8)^{1/3}", "e^{i\\pi}", "{" * 50, "(" * 50, "\\{" * 30, "2^" * 40, "1," * 45, "-" * 60, "\ud800",
+    "\udfff",
     "\x1b[2J", "\x1b]0;x\x07", "\x9b", "\u202e", "\u200f", "\u200b", "\u2028", "\x85", "\ufeff", "٣", "①", "𝟙", "Ⅳ",
     "ſ", "İ", "ß"])
 
