@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -118,9 +119,16 @@ def weakened(wanted):
 def two_processes(tmp_path_factory):
     """{case: ([batch of each process], [facts of each process])}; one launch for all, as most of it is imports."""
     folder = tmp_path_factory.mktemp("two")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                    str(ROOT / "tests" / "trl_worker.py"), str(folder)], check=True, timeout=100,
-                   env=os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         str(ROOT / "tests" / "trl_worker.py"), str(folder)], start_new_session=True,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    try:
+        assert launcher.wait(timeout=300) == 0
+    finally:
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGTERM)                            # it ends its two workers, too
+            launcher.wait(timeout=60)
     return {name: ([torch.load(folder / f"{name} {rank}.pt", weights_only=True) for rank in (0, 1)],
                    [json.loads((folder / f"{name} {rank}.json").read_text()) for rank in (0, 1)]) for name in CASES}
 

@@ -103,7 +103,7 @@ def main(folder):
             "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 12 // batch_size}, eta=0.25)
         if version:
             shard(trainer, version)
-        weight, rank = trainer._causal_model().get_output_embeddings().weight, trainer.accelerator.process_index
+        weight, rank = trainer._head.weight, trainer.accelerator.process_index
         torch.save(first_batch(trainer), folder / f"{name} {rank}.pt")
         (folder / f"{name} {rank}.json").write_text(json.dumps(
             {"processes": trainer.accelerator.num_processes, "weight": type(weight).__name__, "size": weight.numel(),
