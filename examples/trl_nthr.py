@@ -98,7 +98,7 @@ def trainer_from_flags():
     parser, processes = HfArgumentParser(GRPOConfig), int(os.environ.get("WORLD_SIZE", 1))
     for flag, default in {"model": str(TINY), "data": "math", "reward": "math", "nthr_beta": 1.0, "eta": "2|0.5-p|",
                           "lora_rank": 0}.items():                             # rank 0 trains all weights
-        parser.add_argument(f"--{flag}", default=default, type=type(default), help="as in train.py")
+        parser.add_argument(f"--{flag}", default=default, type=type(default), help="see README, Scaling out")
     folder = Path(parser.parse_known_args([x for x in sys.argv[1:] if x not in ("-h", "--help")])[0].model).resolve()
     parser.set_defaults(output_dir=f"runs/{folder.name}-trl", save_strategy="no", lr_scheduler_type="constant",
                         adam_beta2=0.95, disable_dropout=True, logging_first_step=True, use_bias_correction_kl=False)
