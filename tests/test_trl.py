@@ -404,8 +404,10 @@ def test_so_many_processes_can_share_the_defaults(monkeypatch, own_model, proces
     monkeypatch.setattr(trl_nthr, "os", SimpleNamespace(environ={"WORLD_SIZE": str(processes)}))
     monkeypatch.setattr(trl_nthr.GRPOConfig, "world_size", processes)
     monkeypatch.setattr(trl_nthr.GRPOConfig, "main_process_first", nullcontext)        # no others are there to wait for
-    for flags in (["--use_cpu"], own_model):
-        assert asked_of_trl(monkeypatch, *flags)[0][2].generation_batch_size == 256
+    for flags, update in ((["--use_cpu"], 256), (own_model, 256 if processes == 32 else 128)):
+        config = asked_of_trl(monkeypatch, *flags)[0][2]
+        rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+        assert (config.generation_batch_size, rows) == (256, update)
 
 
 def test_vllm_stops_where_the_model_does(monkeypatch, own_model):
@@ -448,6 +450,7 @@ def test_prompts_of_another_task_have_no_instruction(tmp_path, monkeypatch, caps
     tokenizer, problems = trainers[0].processing_class, train.load_problems(str(ROOT / "tiny" / "stack" / "train.jsonl"))
     prompts = [encode_prompt(tokenizer, row["problem"], "") for row in problems]
     assert all(prompt in prompts for prompt, _ in trainers[0].generations[0][1])
+    assert [row[0]["content"] for row in trainers[0].train_dataset["prompt"]] == [row["problem"] for row in problems]
     assert f"at last; saved to {tmp_path / 'out'}\n" in capsys.readouterr().out
 
 
