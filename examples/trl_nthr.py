@@ -1,19 +1,15 @@
 """NTHR inside TRL's GRPOTrainer: several GPUs, DeepSpeed, FSDP, vLLM and LoRA then come from TRL and accelerate.
 
-python examples/trl_nthr.py                                                 # embedded model, 50 steps on a CPU
-ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/trl_nthr.py    # the same in two processes
-accelerate launch examples/trl_nthr.py --model Qwen/Qwen2.5-1.5B            # App. 7.3, one process per GPU
-
-The flags are those of `Script` and of GRPOConfig. With or without NTHR, TRL's update differs from train.py's in
+python examples/trl_nthr.py                                         # embedded model, 50 steps on a CPU
+accelerate launch examples/trl_nthr.py --model Qwen/Qwen2.5-1.5B    # App. 7.3's settings for 0.5B, without dynamic
+                                                                    # sampling; one process per GPU
+With or without NTHR, TRL's update differs from train.py's in
     advantages    over the sample standard deviation + 1e-4: √((G−1)/G) of §2's, which AdamW mostly divides out
-    normaliser    Eq. 1 averages over a question's tokens, then over questions; "dapo" (the default) over all tokens and
-                  "bnpo" over a micro-batch's: equal if all groups have as many, also those without signal
+    normaliser    of all tokens ("dapo") or a micro-batch's ("bnpo"), not of each question: equal if all have as many
     KL term       times the ratio γ, unless use_bias_correction_kl is off, as it is by default here
-Tests run one and two CPU processes, LoRA, and the sharded forward pass of FSDP. Not run: GPUs, vLLM, DeepSpeed.
 """
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,29 +22,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from grpo import check_head                                                    # noqa: E402
 from nthr import nthr_advantages, nthr_eta                                     # noqa: E402
 from rollout import INSTRUCTION, stop_token_ids                                # noqa: E402
-from train import EMBEDDED, TINY, load, load_problems, load_reward             # noqa: E402
+from train import EMBEDDED, TINY, fail, load, load_problems, load_reward       # noqa: E402
 
 
 class NTHRTrainer(GRPOTrainer):
     """GRPOTrainer with Algorithm 1. nthr_beta, eta: those of `nthr.nthr_advantages` (args.beta is TRL's KL weight).
 
-    correctness: name of the reward function that tells right (1) from wrong (0), if there are several. A response that
-    it does not apply to (None) keeps its advantage and does not count in its group. ValueError for what cannot work."""
+    correctness: name of the reward function that tells right (1) from wrong (0); what gets None from it is left out."""
 
     def __init__(self, *args, nthr_beta=1.0, eta="2|0.5-p|", correctness=None, **kwargs):
         nthr_eta(0.5, eta)                                                     # a ValueError before a model is loaded
         super().__init__(*args, **kwargs)
         names, self._nthr = self.reward_func_names, {"beta": nthr_beta, "eta": eta, "temperature": self.temperature}
         self._correctness = names[0] if correctness is None and len(names) == 1 else correctness
-        if self._correctness not in names:
+        if names.count(self._correctness) != 1:
             raise ValueError(f"correctness must name one of the reward functions {', '.join(names)}, got {correctness}")
-        check_head(self._causal_model())
-        if self._causal_model().get_output_embeddings().bias is not None or self._is_vlm or self.args.torch_compile:
-            raise ValueError("NTHR needs a text model, a head without bias and no torch_compile, which skips hooks")
-
-    def _causal_model(self):
-        model = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model   # LoRA's layers stay in it
+        self._policy = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model    # of LoRA
+        check_head(self._policy)
+        head = self._head = self._policy.get_output_embeddings()
+        packed = head.weight.numel() not in (0, head.in_features * head.out_features)  # 0: ZeRO-3 holds it in parts
+        if packed or head.bias is not None or self._is_vlm or self.args.torch_compile:
+            raise ValueError("NTHR needs a text model, a head without bias or quantisation, and no torch_compile")
 
     def _calculate_rewards(self, *args):
         rewards = super()._calculate_rewards(*args)                            # (N, functions), of all processes
@@ -59,20 +53,10 @@ class NTHRTrainer(GRPOTrainer):
         batch = super()._generate_and_score_completions(inputs)
         if self.model.training:                                                # not in an evaluation
             advantages, factors = batch["advantages"][:, None], self._factors(batch)           # (n, 1), (n, T)
-            self._metrics["train"]["nthr/weakened"].append(self.accelerator.gather((factors < 1).sum()).sum().item())
-            batch["advantages"] = torch.where(advantages < 0, advantages * factors, advantages)
+            weak = (factors < 1) & (advantages < 0)
+            self._metrics["train"]["nthr/weakened"].append(self.accelerator.gather(weak.sum()).sum().item())
+            batch["advantages"] = torch.where(weak, advantages * factors, advantages)
         return batch
-
-    def _states(self, ids, attention_mask, T):
-        """States that predict the last T tokens (G, T, d) and their ln π (G, T), as TRL's loss computes them."""
-        states = []                                                            # TRL never calls lm_head: no hook there
-        hook = self._causal_model().base_model.register_forward_hook(lambda *call: states.append(call[2][0]))
-        self.model.eval()                                                      # no dropout, no random number drawn
-        logprobs = self._get_per_token_logps_and_entropies(self.model, ids, attention_mask, T,
-                                                           self.args.per_device_train_batch_size)[0]
-        self.model.train()
-        hook.remove()
-        return torch.cat(states)[:, -T - 1:-1], logprobs
 
     @torch.no_grad()
     def _factors(self, batch):
@@ -82,68 +66,84 @@ class NTHRTrainer(GRPOTrainer):
         if not ((right | wrong).flatten() | self._verdicts.isnan()).all():
             raise ValueError(f"as correctness, {self._correctness} must return 1 (right), 0 (wrong) or None")
         ids, mask = batch["completion_ids"], batch["completion_mask"]          # (n, T); 0 on a masked cut-off response
-        prompts, answers = (                                                   # (N, P, 2), (N, T, 3), of all processes
-            self.accelerator.gather(self.accelerator.pad_across_processes(torch.stack(x, -1), 1, pad_first=left))
-            for x, left in (((batch["prompt_ids"], batch["prompt_mask"]), True),
-                            ((ids, mask, mask * batch.get("tool_mask", 1)), False)))
+        def gather(*x, left=False):                                            # (n, T) each -> (N, T, how many)
+            return self.accelerator.gather(self.accelerator.pad_across_processes(torch.stack(x, -1), 1, pad_first=left))
+        prompts = gather(batch["prompt_ids"], batch["prompt_mask"], left=True)
+        answers = gather(ids, mask, mask * batch.get("tool_mask", 1))
         columns, tokens = torch.unique(answers[:, :, 0], return_inverse=True)  # (U,), (N, T) indices into it
-        head = self._causal_model().get_output_embeddings()                    # in parts, with FSDP and ZeRO-3
-        with self._dist.gather_params([head.weight]), self._dist.summon_full_params(self.model, recurse=False):
-            W = (head.weight.full_tensor() if hasattr(head.weight, "full_tensor") else head.weight)[columns]   # (U, d)
+        with self._dist.gather_params([self._head.weight]), self._dist.summon_full_params(self.model, recurse=False):
+            W = self._head.weight.full_tensor() if hasattr(self._head.weight, "full_tensor") else self._head.weight
+            W = W[columns.to(W.device)].to(columns.device)                     # (U, d); W may be offloaded to a CPU
         mixed, factors = (right.any(1) & wrong.any(1)).tolist(), torch.ones(answers.shape[:2], device=mask.device)
         groups = [[g for g in range(r * n // G, -(-(r + 1) * n // G)) if mixed[g]] for r in range(self.args.world_size)]
+        hook = self._policy.base_model.register_forward_hook(lambda *call: states.append(call[2][0]))
+        self.model.eval()                                                      # no dropout, no random number drawn
         for g in (groups[rank] + max(groups, key=len))[:max(map(len, groups))]:    # as many passes in each, for FSDP
             rows, known = slice(g * G, (g + 1) * G), right[g] | wrong[g]
             P, t = int(prompts[rows, :, 1].sum(1).max()), max(1, int(answers[rows, :, 1].sum(1).max()))
             ids, attention_mask = torch.cat([prompts[rows, -P:], answers[rows, :t, :2]], 1).unbind(-1)
-            states, logprobs = (x[known] for x in self._states(ids, attention_mask, t))
+            states = []                                                        # TRL never calls lm_head: no hook there
+            logprobs = self._get_per_token_logps_and_entropies(self.model, ids, attention_mask, t,
+                                                               self.args.per_device_train_batch_size)[0][known]
+            hidden = torch.cat(states)[known, -t - 1:-1]                       # those that predict the last t tokens
             y, valid = tokens[rows, :t][known], answers[rows, :t, 2][known]
-            factors[rows, :t][known] = nthr_advantages(torch.ones_like(logprobs), states, y, valid, right[g, known], W,
+            factors[rows, :t][known] = nthr_advantages(torch.ones_like(logprobs), hidden, y, valid, right[g, known], W,
                                                        logprobs=logprobs, **self._nthr).advantages
+        self.model.train()
+        hook.remove()
         return factors[rank * n:(rank + 1) * n, :mask.shape[1]]
 
 
-@dataclass
-class Script:
-    model: str = str(TINY)    # Hugging Face id or folder
-    data: str = "math"        # or a file, as train.py takes it
-    reward: str = "math"      # or FILE.py:FUNCTION
-    nthr_beta: float = 1.0
-    eta: str = "2|0.5-p|"
-    lora_rank: int = 0        # 0 trains all weights
-
-
-def main():
-    parser = HfArgumentParser((Script, GRPOConfig))
-    folder, processes = Path(parser.parse_known_args()[0].model).resolve(), int(os.environ.get("WORLD_SIZE", 1))
+def trainer_from_flags():
+    parser, processes = HfArgumentParser(GRPOConfig), int(os.environ.get("WORLD_SIZE", 1))
+    for flag, default in {"model": str(TINY), "data": "math", "reward": "math", "nthr_beta": 1.0, "eta": "2|0.5-p|",
+                          "lora_rank": 0}.items():                             # rank 0 trains all weights
+        parser.add_argument(f"--{flag}", default=default, type=type(default), help="see README, Scaling out")
+    folder = Path(parser.parse_known_args([x for x in sys.argv[1:] if x not in ("-h", "--help")])[0].model).resolve()
     parser.set_defaults(output_dir=f"runs/{folder.name}-trl", save_strategy="no", lr_scheduler_type="constant",
                         adam_beta2=0.95, disable_dropout=True, logging_first_step=True, use_bias_correction_kl=False)
     if folder in EMBEDDED:                                                     # as train.py
         parser.set_defaults(data=str(folder / "train.jsonl"), reward=EMBEDDED[folder], max_steps=50, learning_rate=1e-4,
                             per_device_train_batch_size=256 // processes, max_completion_length=64, bf16=False,
-                            gradient_checkpointing=False, dataloader_pin_memory=False)
-    else:                                                                      # App. 7.3: two updates per 32 questions
+                            gradient_checkpointing=False)
+    else:                                                                      # two updates per 32 questions
         parser.set_defaults(max_steps=210, learning_rate=5e-7, beta=1e-4, max_completion_length=2500,
                             generation_batch_size=256, gradient_accumulation_steps=max(1, 16 // processes))
-    own, config = parser.parse_args_into_dataclasses()
-    tokenizer, checker = load(AutoTokenizer, own.model, padding_side="left"), load_reward(own.reward)
-    model = load(AutoModelForCausalLM, own.model, use_safetensors=True,
-                 **{"dtype": "float32"} | (config.model_init_kwargs or {}))
-    model.generation_config.eos_token_id = stop_token_ids(model, tokenizer)    # also the end of a chat turn
+    own = parser.parse_args()                                                  # --help, with these defaults, ends
+    tokenizer = load(AutoTokenizer, own.model, padding_side="left")            # before TRL asks for a GPU
+    config, _ = parser.parse_args_into_dataclasses()
     with config.main_process_first():                                          # it downloads, the others find the file
-        problems = load_problems(own.data)
+        problems, checker = load_problems(own.data), load_reward(own.reward)
+    if len(problems) < (asked := config.generation_batch_size // config.num_generations):
+        fail(f"{own.data} holds {len(problems)} questions, a generation takes {asked}: lower --generation_batch_size")
+    model = load(AutoModelForCausalLM, own.model,
+                 **{"dtype": "float32"} | (config.model_init_kwargs or {}) | {"use_safetensors": True})
+    stops = model.generation_config.eos_token_id = stop_token_ids(model, tokenizer)    # also the end of a chat turn
+    if config.use_vllm:                                                        # which reads the model's own files
+        config.generation_kwargs = {"stop_token_ids": stops} | (config.generation_kwargs or {})
     for row in problems:                                                       # prompts as in rollout.encode_prompt
         text = f"{row['problem']}\n{INSTRUCTION}" if own.reward == "math" else row["problem"]
         row["prompt"] = [{"role": "user", "content": text}] if tokenizer.chat_template else f"Question: {text}\nAnswer:"
     def success(completions, answer, **_):
         return [checker(y if isinstance(y, str) else y[0]["content"], gold) for y, gold in zip(completions, answer)]
     lora = LoraConfig("CAUSAL_LM", r=own.lora_rank, target_modules="all-linear") if own.lora_rank else None
-    trainer = NTHRTrainer(model, success, config, Dataset.from_list(problems), processing_class=tokenizer,
-                          peft_config=lora, nthr_beta=own.nthr_beta, eta=own.eta)
-    trainer.train(config.resume_from_checkpoint)
-    first, *_, last = [log["reward"] for log in trainer.state.log_history if "reward" in log] * 2
+    return NTHRTrainer(model, success, config, Dataset.from_list(problems), processing_class=tokenizer,
+                       peft_config=lora, nthr_beta=own.nthr_beta, eta=own.eta)
+
+
+def main():
+    try:
+        trainer = trainer_from_flags()
+    except ValueError as error:
+        fail(error)
+    trainer.train(trainer.args.resume_from_checkpoint)
+    if trainer.is_fsdp_enabled:                                                # FSDP2's default saves nothing here
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
-    trainer.accelerator.print(f"success rate: {first:.1%} at first, {last:.1%} at last; saved to {config.output_dir}")
+    rewards = [log["reward"] for log in trainer.state.log_history if "reward" in log] or [float("nan")]
+    found, folder = any(Path(trainer.args.output_dir).glob("*.safetensors")), trainer.args.output_dir
+    saved = f"saved to {folder}" if found else f"no weights in {folder}: ZeRO-3 needs --zero3_save_16bit_model true"
+    trainer.accelerator.print(f"success rate: {rewards[0]:.1%} at first, {rewards[-1]:.1%} at last; {saved}")
 
 
 if __name__ == "__main__":

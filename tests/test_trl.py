@@ -4,10 +4,13 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,18 +119,26 @@ def weakened(wanted):
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """{case: ([batch of each process], [facts of each process])}; one launch for all, as most of it is imports."""
+    """(their folder, {case: ([batch of each process], [facts of each])}); one launch, as most of it is imports."""
     folder = tmp_path_factory.mktemp("two")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                    str(ROOT / "tests" / "trl_worker.py"), str(folder)], check=True, timeout=100,
-                   env=os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
-    return {name: ([torch.load(folder / f"{name} {rank}.pt", weights_only=True) for rank in (0, 1)],
-                   [json.loads((folder / f"{name} {rank}.json").read_text()) for rank in (0, 1)]) for name in CASES}
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         str(ROOT / "tests" / "trl_worker.py"), str(folder)], start_new_session=True,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    try:
+        assert launcher.wait(timeout=300) == 0
+    finally:
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGTERM)                            # it ends its two workers, too
+            launcher.wait(timeout=60)
+    return folder, {name: ([torch.load(folder / f"{name} {rank}.pt", weights_only=True) for rank in (0, 1)],
+                           [json.loads((folder / f"{name} {rank}.json").read_text()) for rank in (0, 1)])
+                    for name in CASES}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_have_the_advantages_of_the_gathered_batch(two_processes, name):
-    (G, _, version), (batches, facts) = CASES[name], two_processes[name]
+    (G, _, version), (batches, facts) = CASES[name], two_processes[1][name]
     rows, verdicts, model = rollouts(G), [verdict(row) for row in range(ROWS)], tiny_model()
     assert [fact["processes"] for fact in facts] == [2, 2]
     assert [fact["weight"] for fact in facts] == ["DTensor" if version == 2 else "Parameter"] * 2
@@ -142,6 +153,11 @@ def test_two_processes_have_the_advantages_of_the_gathered_batch(two_processes, 
         check(batch["advantages"], wanted[12 * rank:12 * rank + 12])
     count = sum(abs(a - 0.25 * min(row)) < 1e-9 for row in wanted if min(row) < 0 for a in row)
     assert facts[0]["metrics"]["nthr/weakened"] == facts[1]["metrics"]["nthr/weakened"] == [count]
+
+
+def test_a_model_that_fsdp_keeps_in_parts_is_saved_whole(two_processes):
+    saved = train.load_model(str(two_processes[0] / "saved"), "cpu").state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in tiny_model().state_dict().items())
 
 
 @pytest.mark.parametrize("G", [4, 8])
@@ -286,10 +302,10 @@ def test_the_example_learns_and_its_prompts_and_stops_are_those_of_rollout(tmp_p
             super().__init__(*args, **kwargs)
             trainers.append(self)
     monkeypatch.setattr(trl_nthr, "NTHRTrainer", Kept)
-    monkeypatch.setattr(sys, "argv", ["trl_nthr.py", "--per_device_train_batch_size", "64", "--max_steps", "50",
+    monkeypatch.setattr(sys, "argv", ["trl_nthr.py", "--per_device_train_batch_size", "80", "--max_steps", "50",
                                       "--output_dir", str(tmp_path / "out"), "--logging_steps", "50"])
     trl_nthr.main()
-    tokenizer, problems = trainers[0].processing_class, train.load_problems(str(ROOT / "tiny" / "test.jsonl"))[:300]
+    tokenizer, problems = trainers[0].processing_class, train.load_problems(str(ROOT / "tiny" / "test.jsonl"))
     prompts = [encode_prompt(tokenizer, row["problem"]) for row in train.load_problems(str(ROOT / "tiny/train.jsonl"))]
     assert all(prompt in prompts for prompt, _ in trainers[0].generations[0][1])
     assert sorted(trainers[0].eos_token_ids) == stop_token_ids(tiny_model(), tokenizer)
@@ -328,6 +344,8 @@ def test_the_example_with_a_model_and_data_of_ones_own(tmp_path, monkeypatch, ca
     assert sorted(prompts) == sorted(4 * [encode_prompt(tokenizer, f"{i}+1") for i in range(4)])
     assert trainer._nthr == {"beta": 0.5, "eta": "p", "temperature": 1.0}
     assert trainer.args.bf16 and trainer.args.gradient_checkpointing and trainer.args.beta == 1e-4
+    assert trainer.args.learning_rate == 5e-7 and trainer.args.adam_beta2 == 0.95
+    assert trainer.args.disable_dropout and not trainer.args.use_bias_correction_kl
     assert (tmp_path / "out" / "adapter_config.json").is_file()
     assert "success rate: 0.0% at first, 0.0% at last" in capsys.readouterr().out
 
@@ -335,12 +353,114 @@ def test_the_example_with_a_model_and_data_of_ones_own(tmp_path, monkeypatch, ca
 @pytest.mark.parametrize("flags, message", [
     (["--model", "."], "cannot load the model ."),                             # a folder: nothing is asked of a hub
     (["--data", "missing"], "cannot read the data file missing"),
-    (["--eta", "q"], "eta must be one of 2|0.5-p|, p, 1-p or a number in [0, 1], got 'q'")])
-def test_bad_flags_of_the_example_end_with_one_line(tmp_path, monkeypatch, flags, message):
-    monkeypatch.setattr(sys, "argv", ["trl_nthr.py", "--output_dir", str(tmp_path), "--use_cpu", *flags])
-    with pytest.raises((SystemExit, ValueError)) as caught:
+    (["--eta", "q"], "eta must be one of 2|0.5-p|, p, 1-p or a number in [0, 1], got 'q'"),
+    (["--eta", "3"], "eta must be one of 2|0.5-p|, p, 1-p or a number in [0, 1], got '3'"),
+    (["--num_generations", "1"], "at least 2 generations per prompt"),
+    (["--torch_compile"], "no torch_compile"),
+    (["--model", str(ROOT / "tests")], "cannot load the model"),
+    (["--data", str(ROOT / "tiny" / "test.jsonl"), "--generation_batch_size", "8192"],
+     "holds 600 questions, a generation takes 1024: lower --generation_batch_size")])
+@pytest.mark.parametrize("cpu", [["--use_cpu"], []])                           # without, TRL may ask for a GPU
+def test_bad_flags_of_the_example_end_with_one_line(tmp_path, monkeypatch, flags, message, cpu):
+    monkeypatch.setattr(sys, "argv", ["trl_nthr.py", "--output_dir", str(tmp_path), *cpu, *flags])
+    with pytest.raises(SystemExit) as caught:
         trl_nthr.main()
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    line = str(caught.value.code)                                              # which goes to stderr, with exit code 1
+    assert line.startswith("error: ") and message in line and "\n" not in line
+
+
+def asked_of_trl(monkeypatch, *flags):
+    """(arguments, keyword arguments) that the example would build its trainer with."""
+    calls = []
+    monkeypatch.setattr(trl_nthr, "NTHRTrainer", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(sys, "argv", ["trl_nthr.py", *flags])
+    trl_nthr.trainer_from_flags()
+    return calls[0]
+
+
+@pytest.fixture
+def own_model(tmp_path):
+    """Flags for a model that is not embedded, and 32 questions."""
+    shutil.copytree(trl_nthr.TINY, tmp_path / "own", ignore=shutil.ignore_patterns("*.py", "stack"))
+    return ["--model", str(tmp_path / "own"), "--data", str(tmp_path / "own" / "test.jsonl"), "--use_cpu"]
+
+
+def test_the_defaults_are_those_of_train_py(monkeypatch, own_model):
+    """Except for the number of steps: TRL counts updates, of which train.py's real settings have two in a step."""
+    for flags, model, steps in ((["--use_cpu"], str(train.TINY), 50), (own_model, own_model[1], 210)):
+        ours, config = train.defaults_of(model), asked_of_trl(monkeypatch, *flags)[0][2]
+        assert (config.learning_rate, config.beta, config.max_completion_length, config.gradient_checkpointing) == (
+            ours["lr"], ours["kl_coef"], ours["max_new_tokens"], ours["gradient_checkpointing"])
+        assert config.num_generations == 8 and config.generation_batch_size == 8 * ours["batch_size"]
+        assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 8 * ours["minibatch_size"]
+        assert (config.adam_beta1, config.adam_beta2, config.weight_decay, config.max_grad_norm) == (0.9, 0.95, 0, 1)
+        assert (config.temperature, config.epsilon, config.lr_scheduler_type) == (1, 0.2, "constant")
+        assert config.disable_dropout and not config.use_bias_correction_kl and config.max_steps == steps
+    assert (config.learning_rate, config.max_completion_length, config.gradient_accumulation_steps) == (5e-7, 2500, 16)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8, 16, 32])
+def test_so_many_processes_can_share_the_defaults(monkeypatch, own_model, processes):
+    monkeypatch.setattr(trl_nthr, "os", SimpleNamespace(environ={"WORLD_SIZE": str(processes)}))
+    monkeypatch.setattr(trl_nthr.GRPOConfig, "world_size", processes)
+    monkeypatch.setattr(trl_nthr.GRPOConfig, "main_process_first", nullcontext)        # no others are there to wait for
+    for flags, update in ((["--use_cpu"], 256), (own_model, 256 if processes == 32 else 128)):
+        config = asked_of_trl(monkeypatch, *flags)[0][2]
+        rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+        assert (config.generation_batch_size, rows) == (256, update)
+
+
+def test_vllm_stops_where_the_model_does(monkeypatch, own_model):
+    assert asked_of_trl(monkeypatch, *own_model)[0][2].generation_kwargs is None
+    model, _, config, *_ = asked_of_trl(monkeypatch, *own_model, "--use_vllm", "--generation_kwargs", '{"seed": 3}')[0]
+    assert config.generation_kwargs == {"stop_token_ids": model.generation_config.eos_token_id, "seed": 3}
+    assert config.generation_kwargs["stop_token_ids"] == [1]
+
+
+def test_a_model_takes_init_kwargs(monkeypatch, own_model):
+    given = json.dumps({"use_safetensors": True, "attn_implementation": "eager"})
+    model = asked_of_trl(monkeypatch, *own_model, "--model_init_kwargs", given)[0][0]
+    assert model.config._attn_implementation == "eager" and model.dtype == torch.float32
+
+
+def test_help_shows_the_defaults_that_are_used(monkeypatch, capsys):
+    for flags, wanted in (([], ("0.0001", "50", "math")), (["--model", "some/model"], ("5e-07", "210", "math"))):
+        monkeypatch.setattr(sys, "argv", ["trl_nthr.py", *flags, "--help"])
+        with pytest.raises(SystemExit) as caught:
+            trl_nthr.main()
+        text = " ".join(capsys.readouterr().out.split())
+        assert caught.value.code == 0
+        for flag, value in zip(("--learning_rate", "--max_steps", "--reward"), wanted):
+            shown = text.split("options: ")[1].split(f" {flag} {flag[2:].upper()}")[1].split("(default: ")[1]
+            assert shown.startswith(f"{value})"), (flag, shown[:40])
+
+
+def test_prompts_of_another_task_have_no_instruction(tmp_path, monkeypatch, capsys):
+    trainers = []
+
+    class Kept(Recorder):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            trainers.append(self)
+    monkeypatch.setattr(trl_nthr, "NTHRTrainer", Kept)
+    monkeypatch.setattr(sys, "argv", [
+        "trl_nthr.py", "--model", str(ROOT / "tiny" / "stack"), "--output_dir", str(tmp_path / "out"),
+        *"--max_steps 1 --per_device_train_batch_size 16".split()])
+    trl_nthr.main()
+    tokenizer, problems = trainers[0].processing_class, train.load_problems(str(ROOT / "tiny" / "stack" / "train.jsonl"))
+    prompts = [encode_prompt(tokenizer, row["problem"], "") for row in problems]
+    assert all(prompt in prompts for prompt, _ in trainers[0].generations[0][1])
+    assert [row[0]["content"] for row in trainers[0].train_dataset["prompt"]] == [row["problem"] for row in problems]
+    assert f"at last; saved to {tmp_path / 'out'}\n" in capsys.readouterr().out
+
+
+def test_what_is_not_saved_is_not_said_to_be_and_no_log_is_no_fault(tmp_path, monkeypatch, capsys):
+    trainer = fixed_trainer(tmp_path, 4)
+    trainer.train = trainer.save_model = lambda *_: None                       # as with ZeRO-3, which saves its parts
+    monkeypatch.setattr(trl_nthr, "trainer_from_flags", lambda: trainer)
+    trl_nthr.main()
+    assert capsys.readouterr().out.endswith("success rate: nan% at first, nan% at last; "
+                                            f"no weights in {tmp_path}: ZeRO-3 needs --zero3_save_16bit_model true\n")
 
 
 # What TRL can be set to
@@ -389,13 +509,15 @@ def test_a_wrong_answer_with_a_positive_advantage_keeps_it(tmp_path):
     rows, verdicts = rollouts(4), [verdict(row) for row in range(ROWS)]
     trainer = fixed_trainer(tmp_path, 4, rewards=[style, verdict], correctness="verdict", nthr_beta=-math.inf, eta=0.0,
                             options={"per_device_train_batch_size": ROWS})
-    found = first_batch(trainer)["advantages"]
+    found, count = first_batch(trainer)["advantages"], 0
     for first in range(0, ROWS, 4):
         sums = [style(row) + verdict(row) for row in range(first, first + 4)]
         for row, A in zip(range(first, first + 4), standardised(sums)):
             weak = 0 < sum(verdicts[first:first + 4]) < 4 and not verdicts[row] and A < 0
             T = len(rows[row][1])
+            count += weak * T
             torch.testing.assert_close(found[row, :T], torch.full((T,), 0.0 if weak else A), atol=1e-5, rtol=0)
+    assert trainer._metrics["train"]["nthr/weakened"] == [count]
 
 
 def test_an_evaluation_is_that_of_trl(tmp_path):
@@ -429,6 +551,13 @@ def test_settings_that_cannot_work_are_refused_in_one_line(tmp_path):
             fixed_trainer(tmp_path, 4, rewards=[verdict, other], correctness=correctness)
     with pytest.raises(ValueError, match="eta must be one of"):
         fixed_trainer(tmp_path, 4, eta="q")
+    for correctness in (None, "verdict"):
+        with pytest.raises(ValueError, match=f"one of the reward functions verdict, verdict, got {correctness}"):
+            fixed_trainer(tmp_path, 4, rewards=[verdict, verdict], correctness=correctness)
+    packed = tiny_model()
+    packed.lm_head.weight = torch.nn.Parameter(torch.zeros(6400, 1, dtype=torch.uint8), requires_grad=False)   # 4 bits
+    with pytest.raises(ValueError, match="a head without bias or quantisation"):
+        fixed_trainer(tmp_path, 4, model=packed)
     with pytest.raises(ValueError, match="no torch_compile"):
         fixed_trainer(tmp_path, 4, options={"torch_compile": True})
     biased = tiny_model()

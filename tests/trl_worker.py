@@ -4,8 +4,10 @@ Rollouts, rewards and questions are made up and fixed, so that the test knows wh
 import json
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig
@@ -13,6 +15,7 @@ from trl import GRPOConfig
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
+import trl_nthr  # noqa: E402
 from trl_nthr import TINY, NTHRTrainer  # noqa: E402
 
 ROWS = 24
@@ -97,17 +100,29 @@ def shard(trainer, version):
     trainer._dist.fsdp_version = version
 
 
+def save_sharded(trainer):
+    """What the example does after training, as if accelerate had sharded the model."""
+    trainer.is_fsdp_enabled, trainer.train, state = True, lambda *_: None, trainer.accelerator.state
+    trl_nthr.trainer_from_flags = lambda: trainer
+    with patch.dict(state._shared_state, fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2),
+                    distributed_type=DistributedType.FSDP):
+        trl_nthr.main()
+
+
 def main(folder):
     for name, (G, batch_size, version) in CASES.items():
         trainer = fixed_trainer(folder, G, options={
             "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 12 // batch_size}, eta=0.25)
         if version:
             shard(trainer, version)
-        weight, rank = trainer._causal_model().get_output_embeddings().weight, trainer.accelerator.process_index
+        weight, rank = trainer._head.weight, trainer.accelerator.process_index
         torch.save(first_batch(trainer), folder / f"{name} {rank}.pt")
         (folder / f"{name} {rank}.json").write_text(json.dumps(
             {"processes": trainer.accelerator.num_processes, "weight": type(weight).__name__, "size": weight.numel(),
              "metrics": dict(trainer._metrics["train"])}))
+        if version == 2:                                                       # version 1's own gather crashes on CPUs
+            trainer.args.output_dir = str(folder / "saved")
+            save_sharded(trainer)
 
 
 if __name__ == "__main__":
