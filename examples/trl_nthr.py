@@ -1,8 +1,7 @@
 """NTHR inside TRL's GRPOTrainer: several GPUs, DeepSpeed, FSDP, vLLM and LoRA then come from TRL and accelerate.
 
 python examples/trl_nthr.py                                         # embedded model, 50 steps on a CPU
-accelerate launch examples/trl_nthr.py --model Qwen/Qwen2.5-1.5B    # App. 7.3's settings for 0.5B, without dynamic
-                                                                    # sampling; one process per GPU
+accelerate launch examples/trl_nthr.py --model Qwen/Qwen2.5-1.5B    # all GPUs; App. 7.3's settings, those for 0.5B
 With or without NTHR, TRL's update differs from train.py's in
     advantages    over the sample standard deviation + 1e-4: √((G−1)/G) of §2's, which AdamW mostly divides out
     normaliser    of all tokens ("dapo") or a micro-batch's ("bnpo"), not of each question: equal if all have as many
@@ -96,9 +95,10 @@ class NTHRTrainer(GRPOTrainer):
 
 def trainer_from_flags():
     parser, processes = HfArgumentParser(GRPOConfig), int(os.environ.get("WORLD_SIZE", 1))
-    for flag, default in {"model": str(TINY), "data": "math", "reward": "math", "nthr_beta": 1.0, "eta": "2|0.5-p|",
-                          "lora_rank": 0}.items():                             # rank 0 trains all weights
-        parser.add_argument(f"--{flag}", default=default, type=type(default), help="see README, Scaling out")
+    for flag, default, text in (
+            ("model", str(TINY), "Hugging Face id or folder"), ("data", "math", "or a file"), ("nthr_beta", 1.0, "§5"),
+            ("reward", "math", "or FILE.py:FUNCTION"), ("eta", "2|0.5-p|", "Table 5"), ("lora_rank", 0, "0: no LoRA")):
+        parser.add_argument(f"--{flag}", default=default, type=type(default), help=text)
     folder = Path(parser.parse_known_args([x for x in sys.argv[1:] if x not in ("-h", "--help")])[0].model).resolve()
     parser.set_defaults(output_dir=f"runs/{folder.name}-trl", save_strategy="no", lr_scheduler_type="constant",
                         adam_beta2=0.95, disable_dropout=True, logging_first_step=True, use_bias_correction_kl=False)

@@ -222,7 +222,7 @@ def test_a_kill_before_any_file_operation_of_saving_leaves_a_whole_newest_checkp
         newest = train.find_checkpoint(args)                                   # ends with an error if it is not whole
         steps.append(torch.load(newest / "trainer.pt", weights_only=True)["state"]["step"])
         assert AutoModelForCausalLM.from_pretrained(newest) and AutoTokenizer.from_pretrained(newest)
-        assert not any(train.fault(path, args) for path in train.checkpoints(folder))      # older ones, too
+        assert not any(train.fault(path, args) for path in train.checkpoints(folder))  # older ones, too
     assert made.value > 20 and steps == sorted(steps) and set(steps) == {2, 3}     # the old one, from a rename on the new
 
 
@@ -1820,6 +1820,9 @@ def dangers(source):
             found += [(node.lineno, "import runpy") for name in names if name == "runpy"]
         elif isinstance(node, ast.Call):
             keywords = {keyword.arg: keyword.value for keyword in node.keywords}
+            for part in ast.walk(keywords[None]) if None in keywords else ():      # **options | {"name": value}
+                keywords |= {key.value: value for key, value in zip(part.keys, part.values)
+                             if isinstance(key, ast.Constant)} if isinstance(part, ast.Dict) else {}
             constant = {name: value.value for name, value in keywords.items() if isinstance(value, ast.Constant)}
             name = getattr(node.func, "id", None) or getattr(node.func, "attr", "")
             owner = getattr(node.func, "value", None)
@@ -1897,6 +1900,7 @@ def test_only_the_users_own_reward_is_run():
     "load(AutoConfig, name, trust_remote_code=args.trust)",
     "options = {'trust_remote_code': True}", "config.trust_remote_code = True",
     "load(AutoModelForCausalLM, name, dtype=dtype)", "load(AutoModelForCausalLM, name, use_safetensors=None)",
+    "load(AutoModelForCausalLM, name, **options | {'use_safetensors': False})",
     f"URL = '{WEB}raw.githubusercontent.com/owner/name/main/data.json'", f"f'{WEB}example.org/{{name}}'",
     f"'{WEB}github.com/owner/name/raw/1636438eae81f1a7179d/data.json'"])
 def test_the_search_finds_what_is_planted(snippet):
@@ -1907,6 +1911,7 @@ def test_the_search_finds_what_is_planted(snippet):
     "model.eval()", "re.compile(x)", "torch.compile(model)", "torch.load(path, weights_only=True)", "np.load(path)",
     "AutoModel.from_pretrained(name, trust_remote_code=False, **options)", "subprocess.run([x], shell=False)",
     "load(AutoModelForCausalLM, name, use_safetensors=True)", "json.load(file)",
+    "load(AutoModelForCausalLM, name, **options | {'use_safetensors': True})",
     f"'{WEB}raw.githubusercontent.com/owner/name/{'0123456789' * 4}/data.json'"])
 def test_the_search_lets_pass_what_is_harmless(snippet):
     assert dangers(snippet) == [], snippet
@@ -1929,7 +1934,8 @@ def loose(line):
 
 
 def test_every_dependency_has_a_lower_and_an_upper_bound():
-    lines = [line for name in REQUIREMENTS for line in (ROOT / name).read_text().splitlines() if line.strip()]
+    lines = [line for name in REQUIREMENTS for line in (ROOT / name).read_text().splitlines()
+             if line.strip() and line[0] != "#"]
     assert lines.count("-r ../requirements.txt") == 2
     assert [line for line in lines if line != "-r ../requirements.txt" and loose(line)] == []
     assert loose("torch") and loose("torch>=2") and loose("torch<3")
@@ -1938,7 +1944,7 @@ def test_every_dependency_has_a_lower_and_an_upper_bound():
 
 def test_every_package_that_is_imported_is_a_named_dependency():
     names = {Requirement(line).name for name in REQUIREMENTS
-             for line in (ROOT / name).read_text().splitlines() if line.strip() and not line.startswith("-r")}
+             for line in (ROOT / name).read_text().splitlines() if line.strip() and line[0] not in "#-"}
     own = {path.stem for path in python_files()}
     imported = set()
     for path in python_files():
