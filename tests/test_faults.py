@@ -26,6 +26,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from fractions import Fraction
@@ -125,26 +126,23 @@ def hook(monkeypatch, name, at_step, act):
 
 # --------------------------------------------------------------------------------------------------------- 1. kill -9
 
-WATCHED = ("generate", "update", "evaluate", "save_checkpoint")
+PHASES = ("generate", "update", "evaluate", "save_checkpoint")
 
 
-def watched_run(flags, phase, visits):
-    """In a process of its own: a run that tells which of `WATCHED` it is in (from 1; 0: none), and how often it was."""
-    def watch(number, name):
-        original = getattr(train, name)
+def killed_run(flags, phase, visit, delay):
+    """In a process of its own: a run that is killed so many seconds after it begins this phase for the visit-th time."""
+    original, visits = getattr(train, phase), itertools.count(1)
 
-        def watched(*args, **kwargs):
-            before, phase.value = phase.value, number
-            visits[number] += 1
-            try:
-                return original(*args, **kwargs)
-            finally:
-                phase.value = before
+    def kill():
+        time.sleep(delay)
+        os.kill(os.getpid(), signal.SIGKILL)
 
-        setattr(train, name, watched)
+    def watched(*args, **kwargs):
+        if next(visits) == visit:
+            threading.Thread(target=kill).start()                              # an exit would wait for it
+        return original(*args, **kwargs)
 
-    for number, name in enumerate(WATCHED, start=1):
-        watch(number, name)
+    setattr(train, phase, watched)
     run_quietly(flags)
 
 
@@ -175,18 +173,10 @@ def in_process(processes, function, *args):
 def test_a_run_killed_three_times_at_random_moments_ends_like_any_other(chain, flags, whole, processes, tmp_path):
     """36 kills: each chain kills a run in three of the four phases, some milliseconds after it began one of them."""
     generator, folder = random.Random(chain), tmp_path / "run"
-    for target, visit in zip(generator.sample(range(1, 5), 3), (generator.choice((1, 2)), 1, 1)):
-        phase, visits = processes.Value("i", 0), processes.Array("i", len(WATCHED) + 1)
+    for phase, visit in zip(generator.sample(PHASES, 3), (generator.choice((1, 2)), 1, 1)):
         resumed = (folder / "config.json").is_file()
-        process = processes.Process(target=watched_run, args=(
-            ["--resume", folder] if resumed else [*flags, "--out", folder], phase, visits))
-        process.start()
-        while process.is_alive() and (visits[target] < visit or phase.value != target):
-            time.sleep(0.0005)
-        time.sleep(generator.uniform(0, 0.03))
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL                             # and not 0: it was still at work
+        assert in_process(processes, killed_run, ["--resume", folder] if resumed else [*flags, "--out", folder], phase,
+                          visit, generator.uniform(0, 0.05)) == -signal.SIGKILL
     assert in_process(processes, run_quietly, ["--resume", folder]) == 0
     assert_same(folder, whole)
 
