@@ -210,6 +210,8 @@ def parse_args(argv=None):
     try:
         check(args)
     except TypeError as error:
+        if not args.resume:
+            raise
         fail(f"--resume: {out}/config.json is damaged: {error}")
     return args
 
