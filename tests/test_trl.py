@@ -294,21 +294,29 @@ def test_eta_1_is_grpo_trainer_bit_for_bit(tmp_path, options):
     assert losses[0] == losses[1] and len(losses[0]) == options["max_steps"]
 
 
-def test_the_example_learns_and_its_prompts_and_stops_are_those_of_rollout(tmp_path, monkeypatch, capsys):
+def run_example(monkeypatch, folder, *flags):
+    """main with these flags; returns the trainer that it made, a `Recorder`."""
     trainers = []
 
     class Kept(Recorder):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             trainers.append(self)
+
     monkeypatch.setattr(trl_nthr, "NTHRTrainer", Kept)
-    monkeypatch.setattr(sys, "argv", ["trl_nthr.py", "--per_device_train_batch_size", "80", "--max_steps", "50",
-                                      "--output_dir", str(tmp_path / "out"), "--logging_steps", "50"])
+    monkeypatch.setattr(sys, "argv", ["trl_nthr.py", "--output_dir", str(folder), *map(str, flags)])
     trl_nthr.main()
-    tokenizer, problems = trainers[0].processing_class, train.load_problems(str(ROOT / "tiny" / "test.jsonl"))
+    trainer, = trainers
+    return trainer
+
+
+def test_the_example_learns_and_its_prompts_and_stops_are_those_of_rollout(tmp_path, monkeypatch, capsys):
+    trainer = run_example(monkeypatch, tmp_path / "out", "--per_device_train_batch_size", 80, "--max_steps", 50,
+                          "--logging_steps", 50)
+    tokenizer, problems = trainer.processing_class, train.load_problems(str(ROOT / "tiny" / "test.jsonl"))
     prompts = [encode_prompt(tokenizer, row["problem"]) for row in train.load_problems(str(ROOT / "tiny/train.jsonl"))]
-    assert all(prompt in prompts for prompt, _ in trainers[0].generations[0][1])
-    assert sorted(trainers[0].eos_token_ids) == stop_token_ids(tiny_model(), tokenizer)
+    assert all(prompt in prompts for prompt, _ in trainer.generations[0][1])
+    assert sorted(trainer.eos_token_ids) == stop_token_ids(tiny_model(), tokenizer)
     assert "success rate: " in capsys.readouterr().out
 
     def accuracy(model):
@@ -320,25 +328,16 @@ def test_the_example_learns_and_its_prompts_and_stops_are_those_of_rollout(tmp_p
 
 def test_the_example_with_a_model_and_data_of_ones_own(tmp_path, monkeypatch, capsys):
     """No chat template, an end of turn that the model does not list, LoRA, bfloat16, gradient checkpointing, KL."""
-    folder, data, trainers = tmp_path / "model", tmp_path / "data.jsonl", []
+    folder, data = tmp_path / "model", tmp_path / "data.jsonl"
     shutil.copytree(trl_nthr.TINY, folder, ignore=shutil.ignore_patterns("*.py", "*.jsonl", "stack", "*.jinja"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     tokenizer.save_pretrained(folder)
     assert not tokenizer.chat_template
     data.write_text("".join(json.dumps({"question": f"{i}+1", "answer": i + 1}) + "\n" for i in range(4)))
-
-    class Kept(Recorder):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            trainers.append(self)
-    monkeypatch.setattr(trl_nthr, "NTHRTrainer", Kept)
-    monkeypatch.setattr(sys, "argv", [
-        "trl_nthr.py", "--model", str(folder), "--data", str(data), "--output_dir", str(tmp_path / "out"), *(
-            "--lora_rank 2 --num_generations 4 --max_steps 1 --generation_batch_size 16 --max_completion_length 8 "
-            "--gradient_accumulation_steps 2 --eta p --nthr_beta 0.5 --use_cpu").split()])
-    trl_nthr.main()
-    trainer, = trainers
+    trainer = run_example(monkeypatch, tmp_path / "out", "--model", folder, "--data", data, *(
+        "--lora_rank 2 --num_generations 4 --max_steps 1 --generation_batch_size 16 --max_completion_length 8 "
+        "--gradient_accumulation_steps 2 --eta p --nthr_beta 0.5 --use_cpu").split())
     assert sorted(trainer.eos_token_ids) == stop_token_ids(tiny_model(), tokenizer) == [1, len(tokenizer) - 1]
     prompts = [prompt for prompt, _ in trainer.generations[0][1]]
     assert sorted(prompts) == sorted(4 * [encode_prompt(tokenizer, f"{i}+1") for i in range(4)])
@@ -436,21 +435,12 @@ def test_help_shows_the_defaults_that_are_used(monkeypatch, capsys):
 
 
 def test_prompts_of_another_task_have_no_instruction(tmp_path, monkeypatch, capsys):
-    trainers = []
-
-    class Kept(Recorder):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            trainers.append(self)
-    monkeypatch.setattr(trl_nthr, "NTHRTrainer", Kept)
-    monkeypatch.setattr(sys, "argv", [
-        "trl_nthr.py", "--model", str(ROOT / "tiny" / "stack"), "--output_dir", str(tmp_path / "out"),
-        *"--max_steps 1 --per_device_train_batch_size 16".split()])
-    trl_nthr.main()
-    tokenizer, problems = trainers[0].processing_class, train.load_problems(str(ROOT / "tiny" / "stack" / "train.jsonl"))
+    trainer = run_example(monkeypatch, tmp_path / "out", "--model", ROOT / "tiny" / "stack", "--max_steps", 1,
+                          "--per_device_train_batch_size", 16)
+    tokenizer, problems = trainer.processing_class, train.load_problems(str(ROOT / "tiny" / "stack" / "train.jsonl"))
     prompts = [encode_prompt(tokenizer, row["problem"], "") for row in problems]
-    assert all(prompt in prompts for prompt, _ in trainers[0].generations[0][1])
-    assert [row[0]["content"] for row in trainers[0].train_dataset["prompt"]] == [row["problem"] for row in problems]
+    assert all(prompt in prompts for prompt, _ in trainer.generations[0][1])
+    assert [row[0]["content"] for row in trainer.train_dataset["prompt"]] == [row["problem"] for row in problems]
     assert f"at last; saved to {tmp_path / 'out'}\n" in capsys.readouterr().out
 
 
