@@ -194,7 +194,7 @@ def parse_args(argv=None):
     if args.resume:
         recorded = recorded_flags(out, parser)
         reward = recorded["reward"]
-        if reward not in ("math", *EMBEDDED.values()) and args.reward is None:
+        if is_a_users(reward) and args.reward is None:
             fail(f"--resume would run {reward}, which {out}/config.json names: add --reward {reward} if you trust it")
         parser.set_defaults(**recorded)
     args = parser.parse_args(argv)
@@ -206,7 +206,7 @@ def parse_args(argv=None):
     if args.eval_only and (Path(out) / "answers.jsonl").exists():
         fail(f"{out}/answers.jsonl holds the answers of an earlier evaluation: move it away, or choose another --out")
     if not args.resume and not args.eval_only and (checkpoints(out) or (Path(out) / "metrics.jsonl").exists()):
-        fail(f"{args.out} already holds a run: continue it with --resume {args.out}, or choose another --out")
+        fail(f"{args.out} already holds a run: continue it with {resume(args)}, or choose another --out")
     try:
         check(args)
     except TypeError as error:
@@ -269,6 +269,11 @@ def choose_device(name):
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {name} cannot be used: {str(error).splitlines()[0][:200]}")
     return name
+
+
+def is_a_users(reward):
+    """Whether this --reward is none of the project's own, but a file that would be run."""
+    return reward not in ("math", *EMBEDDED.values())
 
 
 @lru_cache
@@ -892,7 +897,7 @@ def evaluate_only(args):
 
 def resume(args):
     """The command that continues the run. A --reward file is code, which is not run because config.json says so."""
-    reward = "" if args.reward in ("math", *EMBEDDED.values()) else f" --reward {shlex.quote(args.reward)}"
+    reward = f" --reward {shlex.quote(args.reward)}" if is_a_users(args.reward) else ""
     return f"python train.py --resume {shlex.quote(str(args.out))}{reward}"
 
 
@@ -1085,13 +1090,15 @@ def restore(optimizer, checkpoint, args, data):
     for name in ("metrics.jsonl", "samples.jsonl"):
         path = Path(args.out) / name
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
-        kept = []                                                              # a torn line, the last one, has no end
+        kept, steps = [], []                                                   # a torn line, the last one, has no end
         for number, line in enumerate(lines, start=1):
             try:
-                kept += [line] if json.loads(line)["step"] <= state["step"] else []
+                step = json.loads(line)["step"]
+                if step <= state["step"]:
+                    kept.append(line)
+                    steps.append(step)
             except (ValueError, KeyError, TypeError):
                 fail(f"{path}, line {number} is damaged: mend or remove it, then continue with {resume(args)}")
-        steps = [json.loads(line)["step"] for line in kept]
         if name == "metrics.jsonl" and steps != list(range(state["step"] + 1)) and (steps or state["step"]):
             fail(f"{path} does not have each of the steps 0 to {state['step']} once: mend it, or choose another --out")
         with writing(path, args):
