@@ -123,6 +123,8 @@ def main(folder):
         if version == 2:                                                       # version 1's own gather crashes on CPUs
             trainer.args.output_dir = str(folder / "saved")
             save_sharded(trainer)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()                                  # else gloo's threads may abort the exit
 
 
 if __name__ == "__main__":
