@@ -9,11 +9,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="also the tests marked `full`: everything, in about 15 minutes")
+
+
 def pytest_configure(config):
-    config.addinivalue_line("markers", "soak: a run of several minutes, skipped unless `-m soak` asks for it")
+    config.addinivalue_line("markers", "full: a long test, run only with `python -m pytest --all`")
 
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if item.get_closest_marker("soak") and "soak" not in config.getoption("-m"):
-            item.add_marker(pytest.mark.skip(reason="takes several minutes: python -m pytest -m soak"))
+        if item.get_closest_marker("full") and not config.getoption("--all"):
+            item.add_marker(pytest.mark.skip(reason="a long test: python -m pytest --all"))
