@@ -11,7 +11,7 @@ W: the lm_head weight; π(·|a) = softmax(W h_a); e_v: one-hot):
     App. 7.4  M⁺ = Σ_a (e_{y_a} − π(·|a)) h_aᵀ,  s_b = (e_{y_b} − π(·|b))ᵀ M⁺ h_b          the same in linear time
     §5        s̄⁺_{i'} = mean of s⁺ over response i',  τ = β · min_{i'} s̄⁺_{i'}            threshold
     Eq. 8     V⁻ = {wrong tokens with s⁻ > τ};  Algorithm 1: Â ← η Â on V⁻               selection
-    Eq. 5     GWHES = p⁻ Σ s⁻ − p⁺ Σ s⁺                                          how lazy a question will be
+    Eq. 5     p⁻ Σ s⁻ − p⁺ Σ s⁺ = GWHES, summed over the correct responses y⁺_i  how lazy a question will be
 M⁺ is exactly ∂/∂W of Σ_i ln π(y⁺_i|x), and s_b is the derivative of ln π_{W+εM⁺}(y_b|h_b) in ε at 0: how much one
 gradient step that raises the correct responses would also raise this token.
 
@@ -22,6 +22,7 @@ Departures from the paper, each with its reason:
      left out: it scales s and τ alike and never changes the selection.
   3. An empty response has no mean, so it does not enter τ; without any correct token τ = +∞ selects nothing.
   4. Groups with p = 0 or 1 come back unchanged (scores 0, τ = +∞, η = 1): there is nothing to compare.
+  5. The printed Eq. 5 is a quantity of one y⁺_i. The sum over i, N⁺ times the mean, is what s⁻ and s⁺ add up to.
 App. 7.4's V*_x (vocabulary="responses") is the default as in the paper's runs; "all" is Eq. 7 without approximation.
 """
 import math
@@ -61,20 +62,14 @@ def _check_group(hidden, tokens, mask, correct, lm_head):
     y = tokens[mask]
     if y.numel() and not 0 <= y.min() <= y.max() < len(lm_head):
         raise ValueError(f"tokens must be rows of lm_head, 0..{len(lm_head) - 1}, got {y.min()}..{y.max()}")
+    if not torch.linalg.vector_norm(hidden, math.inf, dim=-1)[mask].isfinite().all():      # no second (G, T, d)
+        raise ValueError("hidden holds NaN or infinite values on valid tokens: check the forward pass that made it")
     return mask, correct
 
 
-def _check_finite(states):
-    if not states.isfinite().all():
-        raise ValueError("hidden holds NaN or infinite values on valid tokens: check the forward pass that made it")
-
-
-def _accumulator(*tensors):
+def _accumulator(hidden, lm_head):
     """The widest of their dtypes and float32: half-precision sums over thousands of tokens are noise."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
+    return torch.promote_types(torch.promote_types(hidden.dtype, lm_head.dtype), torch.float32)
 
 
 @torch.no_grad()
@@ -83,7 +78,6 @@ def nthr_scores_pairwise(hidden, tokens, mask, correct, lm_head):
 
     Arguments and result as `nthr_scores` with vocabulary="all"; float64 input is scored and returned in float64."""
     mask, correct = _check_group(hidden, tokens, mask, correct, lm_head)
-    _check_finite(hidden[mask])
     with torch.autocast(hidden.device.type, enabled=False):
         dtype = _accumulator(hidden, lm_head)
         h, W = hidden.to(dtype), lm_head.to(dtype)                             # (G, T, d), (V, d)
@@ -120,7 +114,6 @@ def nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs=None, vocabular
     if logprobs is not None and not (logprobs.shape == mask.shape and logprobs[mask].isfinite().all()):
         raise ValueError(f"logprobs must be finite on valid tokens and have shape {tuple(mask.shape)}, got shape "
                          f"{tuple(logprobs.shape)}")
-    scores = torch.zeros(mask.shape, device=hidden.device)                     # (G, T) float32
     h, y = hidden[mask], tokens[mask].long()                                   # (N, d), (N,)
     chunks = [slice(i, i + chunk_size) for i in range(0, max(1, len(y)), chunk_size)]
     positive = correct[:, None].expand_as(mask)[mask].nonzero()[:, 0]          # which of the N tokens are in a y⁺_i
@@ -135,31 +128,30 @@ def nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs=None, vocabular
                 log_pi = logprobs[mask].to(dtype)
             columns, y = torch.unique(y, return_inverse=True)                  # V*_x (U,), y as indices into it
             W = lm_head[columns].to(dtype)                                     # (U, d)
-        mass = torch.zeros(len(y), dtype=dtype, device=y.device)               # (N,) Σ_v π(v) over the columns in use
 
         def prediction_error(c):                                               # e_y − π(·) of tokens c, (chunk, U)
             logits = h[c].to(dtype) @ W.T / temperature
             row = torch.arange(len(logits), device=y.device)
             log_z = torch.logsumexp(logits, -1) if vocabulary == "all" else logits[row, y[c]] - log_pi[c]
             pi = torch.exp(logits - log_z[:, None])
-            mass[c] = pi.sum(-1)
             pi[row, y[c]] -= 1
             return pi.neg_()
 
         M = torch.zeros_like(W)                                                # M⁺ (U, d)
         for c in positive.split(chunk_size):
             M.addmm_(prediction_error(c).T, h[c].to(dtype))
-        s = torch.cat([((prediction_error(c) @ M) * h[c].to(dtype)).sum(-1) for c in chunks])  # (e_y − π)ᵀ M⁺ h
-    finite = s.float().isfinite().all()                                        # as they are returned
-    if not finite:
-        _check_finite(h)
+        s, mass = [], []                                                       # one entry per chunk
+        for c in chunks:
+            error = prediction_error(c)
+            s.append(((error @ M) * h[c].to(dtype)).sum(-1).float())           # (e_y − π)ᵀ M⁺ h, as it is returned
+            mass.append(1 - error.sum(-1))                                     # Σ_v π(v) over the columns in use
+    s, mass = torch.cat(s), torch.cat(mass)                                    # (N,), (N,)
     if mass.mean() > 1.2:                                                      # V*_x ⊂ V: at most 1 up to rounding
         raise ValueError("logprobs are not log softmax(lm_head · hidden / temperature) of these tokens: pass None "
                          "(a temperature that is another or tiny, shifted states, soft-capped logits, a head bias?)")
-    if not finite:
+    if not s.isfinite().all():
         raise ValueError("scores are not finite: lm_head holds NaN or infinity, or its logits or the scores overflow")
-    scores[mask] = s.float()
-    return scores
+    return torch.zeros(mask.shape, device=s.device).masked_scatter(mask, s)     # (G, T) float32
 
 
 def nthr_threshold(scores, mask, correct, beta=1.0):
@@ -203,7 +195,6 @@ def nthr_advantages(advantages, hidden, tokens, mask, correct, lm_head, *, logpr
     factor = nthr_eta(p, eta)
     if p in (0, 1):
         mask, _ = _check_group(hidden, tokens, mask, correct, lm_head)
-        _check_finite(hidden[mask])
         scores = torch.zeros(mask.shape, device=mask.device)
         return NTHR(advantages, torch.zeros_like(mask), scores, scores.new_tensor(math.inf), 1.0)
     scores = nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs, vocabulary, temperature)
@@ -213,8 +204,9 @@ def nthr_advantages(advantages, hidden, tokens, mask, correct, lm_head, *, logpr
 
 
 def gwhes(scores, mask, correct):
-    """Eq. 5 from one group's scores: p⁻ Σ s⁻ − p⁺ Σ s⁺ with p⁻ = p/√(p(1−p)), p⁺ = (1−p)/√(p(1−p)) (Lemma 4.2).
+    """GWHES from one group's scores: p⁻ Σ s⁻ − p⁺ Σ s⁺ with p⁻ = p/√(p(1−p)), p⁺ = (1−p)/√(p(1−p)) (Lemma 4.2).
 
+    Eq. 5 is a quantity of one correct response y⁺_i. This is its sum over i: divide by correct.sum() for the mean.
     Higher = lazier. Returns a () tensor; 0 when p is 0 or 1, where every advantage is 0."""
     correct = _binary("correct", correct)
     p = correct.sum().item() / len(correct)
