@@ -57,7 +57,7 @@ class _TokenLogprobs(torch.autograd.Function):
     """(N, d) hidden states, (N,) tokens -> (N,) ln π(token), π = softmax((W h + bias) / temperature).
 
     A few tokens' logits exist at a time. They are computed again in the backward pass, where
-    ∂ ln π(y) / ∂ logits = (e_y − π) / temperature is formed in place: autograd would keep all of them, several times."""
+    ∂ ln π(y) / ∂ logits = (e_y − π) / temperature is formed in place: autograd would keep all, several times."""
 
     @staticmethod
     def logits(hidden, weight, bias, temperature):                             # in float32 or wider, a new tensor
@@ -104,13 +104,21 @@ class _TokenLogprobs(torch.autograd.Function):
 def check_head(model):
     """ValueError if the model's logits are not lm_head(hidden): Eq. 7 and `response_logprobs` take π = softmax(W h)."""
     if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
-        raise ValueError(f"the model's lm_head is no torch.nn.Linear but a {type(model.get_output_embeddings()).__name__}"
-                         f": choose a model with a plain head (merge an adapter of the head first)")
+        kind = type(model.get_output_embeddings()).__name__
+        raise ValueError(f"the model's lm_head is no torch.nn.Linear but a {kind}: choose a model with a plain head "
+                         f"(merge an adapter of the head first)")
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
         value = getattr(model.config.get_text_config(), name, None)
         if value not in (None, 1):
             raise ValueError(f"the model changes its logits after the lm_head ({name} = {value}), so that they are not "
                              f"W h as Eq. 7 needs: choose a model without it")
+
+
+def compute_dtype(model):
+    """The dtype that the model's matrix products have now: autocast's, or that of the lm_head."""
+    weight = model.get_output_embeddings().weight
+    autocast = torch.is_autocast_enabled(weight.device.type)
+    return torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
 
 
 def response_logprobs(model, ids, attention_mask, prompt_length, temperature=1.0, return_hidden=False):
@@ -131,10 +139,9 @@ def response_logprobs(model, ids, attention_mask, prompt_length, temperature=1.0
                               use_cache=False).last_hidden_state
     states = states[:, prompt_length - 1:-1]                                   # (B, T, d): state k predicts token k
     valid = attention_mask[:, prompt_length:].bool()                           # (B, T)
-    head, device = model.get_output_embeddings(), ids.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+    head = model.get_output_embeddings()
     logprobs = _TokenLogprobs.apply(states[valid], ids[:, prompt_length:][valid], head.weight, head.bias, temperature,
-                                    dtype)                                     # (N,)
+                                    compute_dtype(model))                      # (N,)
     logprobs = torch.zeros(valid.shape, dtype=logprobs.dtype, device=ids.device).masked_scatter(valid, logprobs)
     return (logprobs, states) if return_hidden else logprobs
 

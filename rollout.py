@@ -2,21 +2,24 @@
 
 Tokens are drawn from softmax(logits / temperature) and from nothing else: no top-k, no top-p, no repetition penalty
 from a model's generation_config, so that the distribution sampled from is the one that Eq. 1's ratio divides by.
+Sampling has ln π_old and the lm_head's input in its hands, and keeps both: Eq. 7 needs no pass of its own (App. 7.4).
 A prompt is prefilled once for the responses that start together; rows that finish leave, and waiting ones move up.
 """
-from dataclasses import dataclass, fields
+import inspect
+from dataclasses import dataclass
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from grpo import check_head, compute_dtype
+
 # Shapes: Q prompts, G responses each, B = Q·G rows (those of a prompt consecutive), P prompt and T response tokens,
-#         V vocabulary, R rows that are decoded together
+#         V vocabulary, d hidden size, R rows that are decoded together
 SHOW_PROGRESS_AFTER = 10                # seconds
 BUCKET = 64                             # columns by which the KV cache grows
 PREFILL_TOKENS = 2 ** 14                # prompt tokens in one forward pass
-INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 # Ends of a chat turn. Base models share the template, but may list only <|endoftext|> as their end (Qwen2.5).
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 
@@ -28,9 +31,10 @@ class Rollout:
     prompt_mask: torch.Tensor     # (B, P) bool
     response_ids: torch.Tensor    # (B, T) right-padded, the stop token included
     response_mask: torch.Tensor   # (B, T) bool
-    logprobs: torch.Tensor        # (B, T) float32, ln π of each token when it was sampled, 0 on padding
+    logprobs: torch.Tensor        # (B, T) float32, ln π_old of each token as it was sampled, 0 on padding
     finished: torch.Tensor        # (B,) bool: ended by a stop token, not cut off at max_new_tokens
     texts: list                   # B decoded responses, special tokens left out
+    hidden: torch.Tensor = None   # (B, T, d) in the compute dtype, the lm_head's input that predicted each token
 
     def inputs(self, rows):
         """(ids, attention_mask, P) for a forward pass on `rows`, columns that are padding in all of them cut off."""
@@ -42,29 +46,21 @@ class Rollout:
 
     def select(self, rows):
         """The Rollout of these rows, a LongTensor."""
-        tensors = [getattr(self, field.name)[rows] for field in fields(self)[:-1]]
-        return Rollout(*tensors, [self.texts[row] for row in rows.tolist()])
+        tensors = {name: value[rows] for name, value in vars(self).items() if torch.is_tensor(value)}
+        return Rollout(**tensors, texts=[self.texts[row] for row in rows.tolist()])
 
 
 def concatenate(rollouts):
-    """One Rollout of all rows: prompts padded on the left, responses on the right, to the longest."""
-    def join(name, side):
-        rows = [row for rollout in rollouts for row in getattr(rollout, name)]
-        return pad_sequence(rows, batch_first=True, padding_side=side)
-
-    return Rollout(join("prompt_ids", "left"), join("prompt_mask", "left"), join("response_ids", "right"),
-                   join("response_mask", "right"), join("logprobs", "right"),
-                   torch.cat([rollout.finished for rollout in rollouts]),
-                   [text for rollout in rollouts for text in rollout.texts])
-
-
-def encode_prompt(tokenizer, problem, instruction=INSTRUCTION):
-    """Token ids of a question and an instruction: the tokenizer's chat template if it has one, else a plain one."""
-    question = f"{problem}\n{instruction}" if instruction else problem
-    if tokenizer.chat_template:
-        return tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True,
-                                             return_dict=False)
-    return tokenizer(f"Question: {question}\nAnswer:").input_ids
+    """One Rollout of all rows, at least one: prompts padded on the left, responses on the right, to the longest."""
+    if len(rollouts) == 1:                                                     # hidden is large: no copy
+        return rollouts[0]
+    joined = {}
+    for name in ("prompt_ids", "prompt_mask", "response_ids", "response_mask", "logprobs", "hidden"):
+        if getattr(rollouts[0], name) is not None:
+            rows = [row for rollout in rollouts for row in getattr(rollout, name)]
+            joined[name] = pad_sequence(rows, True, padding_side="left" if "prompt" in name else "right")
+    return Rollout(**joined, finished=torch.cat([rollout.finished for rollout in rollouts]),
+                   texts=[text for rollout in rollouts for text in rollout.texts])
 
 
 def stop_token_ids(model, tokenizer):
@@ -76,7 +72,7 @@ def stop_token_ids(model, tokenizer):
 
 def _left_pad(sequences, pad_id, device):
     """Token lists -> ids (Q, P) and mask (Q, P) bool."""
-    ids = pad_sequence([torch.tensor(s) for s in sequences], batch_first=True, padding_value=pad_id, padding_side="left")
+    ids = pad_sequence([torch.tensor(s) for s in sequences], True, padding_value=pad_id, padding_side="left")
     padding = ids.shape[1] - torch.tensor([[len(s)] for s in sequences])
     return ids.to(device), (torch.arange(ids.shape[1]) >= padding).to(device)
 
@@ -93,11 +89,22 @@ def _sample(logits, temperature, generator):
     return token, logprob
 
 
+def cache_argument(model, cache):
+    """{name: cache} for a model's forward, which takes `past_key_values` as `cache` from transformers 5.24 on."""
+    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
+
+
 def check_cache(config):
     """ValueError if a layer of the model keeps anything but keys and values, which `generate` could not move about."""
     kinds = {type(layer) for layer in DynamicCache(config=config).layers} - {DynamicLayer, DynamicSlidingWindowLayer}
     if kinds:
         raise ValueError(f"the model has a {kinds.pop().__name__}: choose one whose layers keep keys and values only")
+
+
+def _last_states(model, cache, ids, attention_mask, position_ids):
+    """The lm_head's input for the token that follows ids (R, P or 1), after what the cache holds: (R, d)."""
+    return model.base_model(input_ids=ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=True,
+                            **cache_argument(model.base_model, cache)).last_hidden_state[:, -1]
 
 
 class _Layer(DynamicLayer):
@@ -138,15 +145,15 @@ class _Slots(Cache):
             buffer[:self.rows, :, :self.columns] = buffer[:self.rows, :, first:first + self.columns].clone()
 
     def admit(self, model, prompts, repeat, pad_id):
-        """prompts[repeat[i]] takes the i-th free slot, each prompt prefilled once. Returns logits (len(repeat), V)."""
+        """prompts[repeat[i]] takes the i-th free slot, each prompt prefilled once. Returns states (len(repeat), d)."""
         distinct = list(dict.fromkeys(repeat))
         ids, mask = _left_pad([prompts[q] for q in distinct], pad_id, model.device)
         repeat = torch.tensor([distinct.index(q) for q in repeat], device=model.device)
         cache = DynamicCache()                                                 # without config: sliding layers whole
-        logits = model(input_ids=ids, attention_mask=mask.long(), position_ids=(mask.long().cumsum(1) - 1).clamp(min=0),
-                       past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        sources = [mask[:, None, :, None]]                                     # DynamicCache keeps float32 in autocast
-        sources += [x.to(logits.dtype) for layer in cache.layers for x in (layer.keys, layer.values)]
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)                   # left padding takes no position
+        states = _last_states(model, cache, ids, mask.long(), positions)       # (distinct, d)
+        sources, dtype = [mask[:, None, :, None]], compute_dtype(model)        # DynamicCache keeps float32 in autocast
+        sources += [x.to(dtype) for layer in cache.layers for x in (layer.keys, layer.values)]
         P, new = mask.shape[1], slice(self.rows, self.rows + len(repeat))
         if not self.buffers:
             self.layers, self.buffers, self.columns = [_Layer() for _ in cache.layers], sources[:], P
@@ -156,7 +163,7 @@ class _Slots(Cache):
             buffer[new, :, :self.columns - P] = 0                              # masked, but 0 · NaN would be NaN
             buffer[new, :, self.columns - P:self.columns] = source[repeat]
         self.rows = new.stop
-        return logits[repeat]
+        return states[repeat]
 
     def remove(self, done):
         """Free the slots of rows done (R,) bool. Returns which row each slot holds now, an index of the R before."""
@@ -180,26 +187,32 @@ class _Slots(Cache):
         return mask[:, 0, :, 0].long()
 
 
-def _decode(model, prompts, group_size, pad_id, slots, max_new_tokens, temperature, generator, stop_ids, bar):
-    """Sample all responses, `slots` at a time: tokens and logprobs (B, max_new_tokens), lengths and finished (B,)."""
-    device, B = model.device, len(prompts) * group_size
+def _decode(model, prompts, group_size, pad_id, slots, max_new_tokens, temperature, generator, stop_ids, keep_hidden,
+            bar):
+    """Sample all responses, `slots` at a time: tokens, logprobs (B, max_new_tokens), hidden (B, max_new_tokens, d or
+    0), lengths and finished (B,)."""
+    device, lm_head, dtype = model.device, model.get_output_embeddings(), compute_dtype(model)
+    B = len(prompts) * group_size
     cache = _Slots(min(slots, B))
-    tokens, logprobs = (torch.zeros(B, max_new_tokens, dtype=d, device=device) for d in (torch.long, torch.float32))
-    lengths, finished = (torch.zeros(B, dtype=d, device=device) for d in (torch.long, torch.bool))
+    tokens, logprobs = (torch.zeros(B, max_new_tokens, dtype=t, device=device) for t in (torch.long, torch.float32))
+    hidden = torch.zeros(B, max_new_tokens, lm_head.in_features * keep_hidden, dtype=dtype, device=device)
+    lengths, finished = (torch.zeros(B, dtype=t, device=device) for t in (torch.long, torch.bool))
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(group_size)
     # Longest prompts first: one that moves up then fits into the columns in use, next to prompts of its length.
     waiting = prompt_lengths.argsort(descending=True, stable=True).tolist()
-    row, logits = torch.zeros(0, dtype=torch.long, device=device), None        # (R,) which of B is in a slot, (R, V)
+    row, states = torch.zeros(0, dtype=torch.long, device=device), None        # (R,) which of B is in a slot, (R, d)
     while waiting or len(row):
         free = cache.slots - len(row)
         if waiting and free >= max(1, cache.slots // 4):                       # some together: a prefill costs a pass
             most = min(free, max(1, PREFILL_TOKENS // int(prompt_lengths[waiting[0]])) * group_size)
             new, waiting = waiting[:most], waiting[most:]
             prefilled = cache.admit(model, prompts, [b // group_size for b in new], pad_id)
-            logits = torch.cat([logits, prefilled]) if len(row) else prefilled
+            states = torch.cat([states, prefilled]) if len(row) else prefilled
             row = torch.cat([row, torch.tensor(new, device=device)])
-        token, logprob = _sample(logits, temperature, generator)
+        token, logprob = _sample(lm_head(states), temperature, generator)
         tokens[row, lengths[row]], logprobs[row, lengths[row]] = token, logprob
+        if keep_hidden:
+            hidden[row, lengths[row]] = states.to(dtype)
         lengths[row] += 1
         bar.update(len(row))
         finished[row] = torch.isin(token, stop_ids)
@@ -210,25 +223,27 @@ def _decode(model, prompts, group_size, pad_id, slots, max_new_tokens, temperatu
             row, token = row[left], token[left]
         if len(row):
             positions = (prompt_lengths + lengths)[row, None] - 1
-            logits = model(input_ids=token[:, None], attention_mask=cache.extend(waiting), position_ids=positions,
-                           past_key_values=cache, use_cache=True).logits[:, -1]
-    return tokens, logprobs, lengths, finished
+            states = _last_states(model, cache, token[:, None], cache.extend(waiting), positions)
+    return tokens, logprobs, hidden, lengths, finished
 
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, group_size, max_new_tokens, temperature=1.0, seed=None, max_sequences=256,
-             stop_ids=None):
+             stop_ids=None, keep_hidden=True):
     """Sample `group_size` responses to each prompt: a Rollout of B = len(prompts) · group_size rows, prompt by prompt.
 
     prompts: strings (tokenised without special tokens) or lists of token ids. temperature 0 is greedy, with the
-    log-probabilities of temperature 1. seed: an int for reproducible sampling on one machine, or None for torch's global
-    generator. max_sequences bounds the rows whose KV cache exists at one time. stop_ids: default `stop_token_ids`.
-    Raises ValueError on bad arguments and as `check_cache`, FloatingPointError on NaN or +inf logits."""
+    log-probabilities of temperature 1. seed: an int for reproducible sampling on one machine; None: torch's generator.
+    max_sequences bounds the rows whose KV cache exists at one time. stop_ids: default `stop_token_ids`.
+    keep_hidden=False leaves `Rollout.hidden` None, as for an evaluation: B · T · d numbers less.
+    Raises ValueError on bad arguments and as `check_cache` and `grpo.check_head`, FloatingPointError on NaN or +inf
+    logits."""
     sizes = (group_size, max_new_tokens, max_sequences)
     if isinstance(prompts, str) or not prompts or min(sizes) < 1 or not temperature >= 0:
         raise ValueError(f"need a list of at least one prompt, group_size, max_new_tokens, max_sequences >= 1 and "
                          f"temperature >= 0, got {str(prompts)[:40]!r}, {sizes} and {temperature}")
     check_cache(model.config)
+    check_head(model)                                                          # logits are lm_head(states)
     prompts = [tokenizer(p, add_special_tokens=False).input_ids if isinstance(p, str) else list(p) for p in prompts]
     if not all(prompts):
         raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} has no tokens: there is nothing to continue")
@@ -239,12 +254,14 @@ def generate(model, tokenizer, prompts, group_size, max_new_tokens, temperature=
     try:
         with tqdm(total=len(prompts) * group_size * max_new_tokens, desc="sampling", unit=" tokens", unit_scale=True,
                   leave=False, delay=SHOW_PROGRESS_AFTER) as bar:
-            tokens, logprobs, lengths, finished = _decode(model, prompts, group_size, pad_id, max_sequences,
-                                                          max_new_tokens, temperature, generator, stop_ids, bar)
+            tokens, logprobs, hidden, lengths, finished = _decode(
+                model, prompts, group_size, pad_id, max_sequences, max_new_tokens, temperature, generator, stop_ids,
+                keep_hidden, bar)
     finally:
         model.train(training)
     T, responses = int(lengths.max()), [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())]
     mask = torch.arange(T, device=device) < lengths[:, None]                   # from lengths, never token == pad
     prompt_ids, prompt_mask = (x.repeat_interleave(group_size, 0) for x in _left_pad(prompts, pad_id, device))
-    return Rollout(prompt_ids, prompt_mask, tokens[:, :T].masked_fill(~mask, pad_id), mask, logprobs[:, :T], finished,
-                   tokenizer.batch_decode(responses, skip_special_tokens=True))
+    return Rollout(prompt_ids, prompt_mask, tokens[:, :T].masked_fill(~mask, pad_id), mask, logprobs[:, :T],
+                   finished, tokenizer.batch_decode(responses, skip_special_tokens=True),
+                   hidden[:, :T] if keep_hidden else None)

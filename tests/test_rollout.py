@@ -80,8 +80,8 @@ SMALL = byte_level_tokenizer("abcdefghijklmno")                                 
 def forward_shapes(model):
     """A list that collects (rows, columns) of each forward pass of the model."""
     shapes = []
-    model.register_forward_pre_hook(lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
-                                    with_kwargs=True)
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
     return shapes
 
 

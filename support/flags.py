@@ -1,0 +1,206 @@
+"""The flags of train.py: what they mean, their defaults for the embedded and for a real model, and what cannot work."""
+import argparse
+import json
+import math
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from nthr import nthr_eta
+from support.checkpoint import checkpoints
+from support.data import BENCHMARKS, EMBEDDED, TABLE_2, TINY, load_function, load_reward
+from support.errors import fail
+from support.models import choose_device
+
+METHODS = ("nthr", "grpo", "pos-only", "random")
+DEFAULTS = {   # flag: (embedded model, real model = the paper's 0.5B settings, App. 7.3)
+    "data": ("its train.jsonl", "math"), "reward": ("its own", "math"),
+    "eval_data": ("its test.jsonl", "a tenth of --data, held out, or with --eval-only the five benchmarks"),
+    "eval_size": (500, 200), "steps": (150, 105), "batch_size": (32, 32),
+    "minibatch_size": (32, 16), "micro_batch_tokens": (2048, 16384), "lr": (1e-4, 5e-7),
+    "max_new_tokens": (64, 2500), "kl_coef": (0.0, 1e-4), "max_sequences": (1024, 128), "eval_every": (50, 20),
+    "save_every": (25, 5), "delta_every": (1, 10), "gradient_checkpointing": (False, True)}
+MAY_CHANGE_ON_RESUME = ("steps", "eval_every", "save_every", "keep_checkpoints", "device", "out", "micro_batch_tokens",
+                        "micro_batch_size", "max_sequences", "gradient_checkpointing")
+
+
+def model_defaults(model):
+    """{flag: default} for this --model: the embedded models bring their own data and reward."""
+    folder = Path(model).resolve()
+    values = {name: pair[folder not in EMBEDDED] for name, pair in DEFAULTS.items()}
+    if folder in EMBEDDED:
+        return values | {"data": str(folder / "train.jsonl"), "eval_data": str(folder / "test.jsonl"),
+                         "reward": EMBEDDED[folder]}
+    return values | {"eval_data": None}
+
+
+def flag_adder(group):
+    """group.add_argument that ends the help with the default, or with the two of `DEFAULTS`."""
+    def add(flag, help, **options):
+        default = options.get("default")
+        if flag[2:].replace("-", "_") in DEFAULTS and "(default" not in help:
+            default = "embedded model {}, real model {}".format(*DEFAULTS[flag[2:].replace("-", "_")])
+        shown = "" if default is None or "(default" in help else f" (default: {default})"
+        group.add_argument(flag, help=help + shown, **options)
+    return add
+
+
+def build_parser(description):
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = flag_adder(parser.add_argument_group("model and data"))
+    add("--model", default=str(TINY), help="Hugging Face id or local folder (default: the embedded model in tiny/)")
+    add("--data", help='JSON or JSONL file; "math": MATH without MATH-500, levels 3-5; or "gsm8k"')
+    add("--eval-data", help=f"files or benchmarks ({', '.join(BENCHMARKS)}) for greedy evaluation, with commas "
+        "between them; with --data alone, a tenth of it is held out")
+    add("--reward", help='"math" (reward.py), or FILE.py:FUNCTION, called with the response and the answer, 1 if right')
+    add("--eval-size", type=int, help="most problems per evaluation: the first of each file of --eval-data; with "
+        "--eval-only all, unless the flag is given")
+    add = flag_adder(parser.add_argument_group("method (Eq. 7, Eq. 8, Algorithm 1)"))
+    add("--method", default="nthr", metavar=f"{{{','.join(METHODS)},FILE.py:FUNCTION}}", help="nthr: Algorithm 1; "
+        "grpo: Eq. 1 alone; pos-only: no negative advantages (§3); random: as many random tokens as NTHR selects (§5.3); "
+        "or a function of yours: (advantages, hidden, tokens, mask, correct, lm_head, logprobs) of a group -> advantages")
+    add("--beta", type=float, default=1.0, help="β of the threshold τ (§5); --beta=-inf selects every negative token")
+    add("--eta", default="2|0.5-p|", help='η of Algorithm 1: "2|0.5-p|", "p", "1-p" (Table 5) or a number in [0, 1]')
+    add("--nthr-vocab", default="responses", choices=["responses", "all"], help="V*_x (App. 7.4), or Eq. 7 exactly")
+    add = flag_adder(parser.add_argument_group("sampling (§2, App. 7.3)"))
+    add("--group-size", type=int, default=8, help="G, responses per question")
+    add("--batch-size", type=int, help="questions per step")
+    add("--max-new-tokens", type=int, help="longest response, in tokens")
+    add("--temperature", type=float, default=1.0, help="π is softmax(logits / temperature) everywhere")
+    add("--sampling-rounds", type=int, default=1, help="draw more questions up to this often until --batch-size groups "
+        "have both right and wrong answers (dynamic sampling); groups without both are dropped in any case")
+    add("--max-sequences", type=int, help="responses sampled together: bounds the KV cache")
+    add = flag_adder(parser.add_argument_group("objective and update (Eq. 1, App. 7.3, App. 7.8)"))
+    add("--minibatch-size", type=int, help="questions per AdamW update: batch-size / minibatch-size updates a step")
+    add("--micro-batch-tokens", type=int, help="most tokens per forward pass, padding included (a longer row goes "
+        "alone): bounds memory")
+    add("--micro-batch-size", type=int, default=256, help="most responses per forward pass")
+    add("--lr", type=float, help="AdamW learning rate")
+    add("--steps", type=int, help="sampling steps")
+    add("--clip-eps", type=float, default=0.2, help="ε of Eq. 1")
+    add("--kl-coef", type=float, help="weight of the KL penalty to the initial model (loaded a second time if > 0)")
+    add("--nll-coef", type=float, default=0.0, help="weight of the NLL of correct responses (App. 7.8)")
+    add("--max-grad-norm", type=float, default=1.0, help="gradient norm is clipped to this")
+    add = flag_adder(parser.add_argument_group("running"))
+    add("--out", help="output folder (default: runs/MODEL-METHOD-seedSEED, or runs/MODEL-eval)")
+    add("--eval-only", action="store_true", help="no training: evaluate --model, print a table like Table 2 and write "
+        "answers.jsonl")
+    add("--resume", nargs="?", const=True, help="continue the run in this folder (or in --out) with its own flags")
+    add("--eval-every", type=int, help="steps between greedy evaluations (0: only first and last)")
+    add("--save-every", type=int, help="steps between checkpoints (0: only first and last)")
+    add("--keep-checkpoints", type=int, default=2, help="how many: the newest, and older ones as checkpoint-STEP")
+    add("--delta-every", type=int, help="steps between measurements of Δ(x), Eq. 2: one more forward pass (0: never)")
+    add("--seed", type=int, default=0, help="of data order and sampling")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="compute type, weights are float32 "
+        "(default: auto, bfloat16 on a CUDA GPU)")
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="recompute activations: less memory")
+    return parser
+
+
+def parse_args(description, argv=None):
+    """Flags -> Namespace. Defaults depend on --model; --resume takes those that its run recorded in config.json."""
+    parser = build_parser(description)
+    args = parser.parse_args(argv)
+    parser.set_defaults(**model_defaults(args.model))
+    if args.data:
+        parser.set_defaults(eval_data=None)                                    # evaluate on the same kind of problems
+    if args.eval_only:
+        if args.resume:
+            fail("--eval-only evaluates a model, not a run: pass --model FOLDER/checkpoint instead of --resume FOLDER")
+        if args.data and not args.eval_data:
+            fail(f"--eval-only does not read --data: pass --eval-data {args.data}")
+        parser.set_defaults(eval_data=parser.get_default("eval_data") or ",".join(TABLE_2), eval_size=sys.maxsize)
+    out = (args.resume if isinstance(args.resume, str) else args.out) or default_folder(args)
+    recorded = recorded_flags(out, args, parser) if args.resume else {}
+    parser.set_defaults(**recorded)
+    args = parser.parse_args(argv)
+    args.out = out
+    for name in sorted(set(recorded) - set(MAY_CHANGE_ON_RESUME)):
+        if str(getattr(args, name)) != str(recorded[name]):
+            fail(f"--resume continues with the run's own flags, but --{name.replace('_', '-')} {getattr(args, name)} "
+                 f"is not its {recorded[name]}: leave the flag out, or start a new run")
+    if args.eval_only and (Path(out) / "answers.jsonl").exists():
+        fail(f"{out}/answers.jsonl holds the answers of an earlier evaluation: move it away, or choose another --out")
+    if not args.resume and not args.eval_only and (checkpoints(out) or (Path(out) / "metrics.jsonl").exists()):
+        fail(f"{out} already holds a run: continue it with {resume_command(args)}, or choose another --out")
+    check_flags(args)
+    return args
+
+
+def default_folder(args):
+    """The output folder where no flag names one."""
+    folder = Path(args.model).resolve()
+    name = folder.parent.name if args.eval_only and folder.name.startswith("checkpoint") else folder.name
+    method = args.method.rpartition(":")[2]                                    # FILE.py:FUNCTION
+    return f"runs/{name}-" + ("eval" if args.eval_only else f"{method}-seed{args.seed}")
+
+
+def is_user_code(value):
+    """Whether this --reward or --method is none of the project's own, but a file that would be run."""
+    return value not in ("math", *EMBEDDED.values(), *METHODS)
+
+
+def recorded_flags(out, args, parser):
+    """{flag: value} from the config.json of a run. A file that only config.json names is not run."""
+    path = Path(out) / "config.json"
+    if not path.is_file():
+        fail(f"--resume: {out} holds no run (no config.json): name the run's folder, or start without --resume")
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        missing = set(vars(parser.parse_args([]))) - {"resume"} - set(recorded)
+    except (ValueError, TypeError) as error:
+        fail(f"--resume: {path} is damaged ({error}): start a new run with --model {out}/checkpoint")
+    if missing:
+        fail(f"--resume: {path} lacks {', '.join(sorted(missing))}: start a new run with --model {out}/checkpoint")
+    for name in ("reward", "method"):
+        if is_user_code(recorded[name]) and getattr(args, name) != recorded[name]:
+            fail(f"--resume would run {recorded[name]}, which {path} names: add --{name} {recorded[name]} if you "
+                 f"trust it")
+    return {name: float(value) if value in ("inf", "-inf") else value for name, value in recorded.items()}
+
+
+def recordable_flags(args):
+    """The flags as JSON can hold them, for config.json."""
+    return {name: str(value) if value in (math.inf, -math.inf) else value for name, value in vars(args).items()
+            if name != "resume"}
+
+
+def resume_command(args):
+    """The command that continues the run. A --reward or --method file is code, which it must name again."""
+    files = [f" --{name} {shlex.quote(getattr(args, name))}" for name in ("reward", "method")
+             if getattr(args, name) and is_user_code(getattr(args, name))]
+    return f"python train.py --resume {shlex.quote(str(args.out))}{''.join(files)}"
+
+
+def check_flags(args):
+    """One line for flags that cannot work, before anything is loaded; settles device and dtype "auto"."""
+    for names, expected, valid in (
+            ("batch_size minibatch_size micro_batch_tokens micro_batch_size steps max_new_tokens sampling_rounds "
+             "max_sequences eval_size keep_checkpoints",
+             "at least 1", lambda value: value >= 1),
+            ("group_size", "at least 2, because advantages compare responses", lambda value: value >= 2),
+            ("kl_coef nll_coef eval_every save_every delta_every seed", "0 or more, and finite",
+             lambda value: 0 <= value < math.inf),
+            ("lr temperature", "finite and above 0", lambda value: 0 < value < math.inf),
+            ("clip_eps max_grad_norm", "above 0", lambda value: value > 0),
+            ("beta", "a real number or -inf", lambda value: value < math.inf)):
+        for name in names.split():
+            if not valid(getattr(args, name)):
+                fail(f"--{name.replace('_', '-')} must be {expected}, got {getattr(args, name)}")
+    if args.batch_size % args.minibatch_size:
+        fail(f"--batch-size {args.batch_size} must be a multiple of --minibatch-size {args.minibatch_size}")
+    args.device = choose_device(args.device)
+    if args.device.startswith("cuda:"):
+        torch.cuda.set_device(args.device)                                     # what memory and time are measured on
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
+    load_reward(args.reward)
+    if args.method not in METHODS:
+        load_function("--method", args.method)
+    try:
+        nthr_eta(0.5, args.eta)
+    except ValueError as error:
+        fail(f"--eta {args.eta} cannot be used: {str(error).splitlines()[0][:200]}")
