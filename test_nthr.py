@@ -1,16 +1,15 @@
 """Tests of nthr.py against the equations as printed, hand arithmetic and autograd: `pytest test_nthr.py`."""
-import ast
 import math
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
-from nthr import (NTHR, gwhes, nthr_advantages, nthr_eta, nthr_scores, nthr_scores_pairwise, nthr_threshold)
+from nthr import NTHR, gwhes, nthr_advantages, nthr_eta, nthr_scores, nthr_scores_pairwise, nthr_threshold
 
-ROOT = Path(__file__).resolve().parent
 ALL = {"vocabulary": "all"}
 
 
@@ -51,7 +50,23 @@ def eq7(hidden, tokens, mask, correct, lm_head, columns=None, temperature=1.0):
 
 
 def close(actual, expected, tolerance=1e-5):
-    torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(actual.double(), torch.as_tensor(expected).double(), rtol=tolerance, atol=tolerance)
+
+
+@contextmanager
+def cases():
+    """Yields `case(name)`, to stand around the assertions on one case of a loop; what failed is raised at the end."""
+    failures = []
+
+    @contextmanager
+    def case(name):
+        try:
+            yield
+        except (Exception, pytest.fail.Exception) as error:                    # the latter: DID NOT RAISE
+            failures.append(f"{name}: {type(error).__name__}: {error}")
+
+    yield case
+    assert not failures, f"{len(failures)} cases failed\n" + "\n".join(failures)
 
 
 # --- Eq. 7
@@ -62,33 +77,37 @@ def test_pairwise_is_eq7_on_paper():
     log3 = math.log(3)
     hidden = torch.tensor([[[log3, 0.0]], [[0.0, log3]]], dtype=torch.float64)
     args = hidden, torch.tensor([[0], [1]]), torch.ones(2, 1, dtype=torch.bool), torch.tensor([True, False])
-    close(nthr_scores_pairwise(*args, torch.eye(2, dtype=torch.float64)), torch.tensor([[log3 ** 2 / 8], [0.0]]), 1e-7)
+    close(nthr_scores_pairwise(*args, torch.eye(2, dtype=torch.float64)), [[log3 ** 2 / 8], [0.0]], 1e-7)
     hidden[1, 0] = torch.tensor([log3, 0.0])                                   # same state, other token: α = −3/8
-    close(nthr_scores_pairwise(*args, torch.eye(2, dtype=torch.float64)),
-          torch.tensor([[log3 ** 2 / 8], [-3 / 8 * log3 ** 2]]), 1e-7)
+    close(nthr_scores_pairwise(*args, torch.eye(2, dtype=torch.float64)), [[log3 ** 2 / 8], [-3 / 8 * log3 ** 2]], 1e-7)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_pairwise_and_all_are_eq7_in_float64(seed):
-    args = group(seed)
-    expected = eq7(*args)
-    assert expected[args[2]].abs().min() > 0 and nthr_scores_pairwise(*args).dtype == torch.float64
-    close(nthr_scores_pairwise(*args), expected, 1e-12)
-    close(nthr_scores(*args, **ALL), expected, 1e-6)                           # returned in float32
+def test_pairwise_and_all_are_eq7_in_float64():
+    with cases() as case:
+        for seed in range(3):
+            with case(f"seed {seed}"):
+                args = group(seed)
+                expected = eq7(*args)
+                assert expected[args[2]].abs().min() > 0 and nthr_scores_pairwise(*args).dtype == torch.float64
+                close(nthr_scores_pairwise(*args), expected, 1e-12)
+                close(nthr_scores(*args, **ALL), expected, 1e-6)               # returned in float32
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_scores_are_the_derivative_that_autograd_finds(seed):
+def test_scores_are_the_derivative_that_autograd_finds():
     """M⁺ = ∂/∂W Σ_i ln π(y⁺_i|x), s = ⟨∂ ln π(token)/∂W, M⁺⟩, with an untied head."""
-    hidden, tokens, mask, correct, lm_head = group(seed)
-    W = lm_head.clone().requires_grad_()
-    logprobs = logprobs_of(hidden, tokens, W)
-    M, = torch.autograd.grad(logprobs[mask & correct[:, None]].sum(), W, retain_graph=True)
-    for j, k in mask.nonzero().tolist():
-        gradient, = torch.autograd.grad(logprobs[j, k], W, retain_graph=True)
-        expected = (gradient * M).sum()
-        close(nthr_scores(hidden, tokens, mask, correct, lm_head, **ALL)[j, k], expected)
-        close(nthr_scores_pairwise(hidden, tokens, mask, correct, lm_head)[j, k], expected, 1e-10)
+    with cases() as case:
+        for seed in range(3):
+            hidden, tokens, mask, correct, lm_head = group(seed)
+            W = lm_head.clone().requires_grad_()
+            logprobs = logprobs_of(hidden, tokens, W)
+            M, = torch.autograd.grad(logprobs[mask & correct[:, None]].sum(), W, retain_graph=True)
+            expected = torch.zeros(mask.shape, dtype=torch.float64)
+            for j, k in mask.nonzero().tolist():
+                gradient, = torch.autograd.grad(logprobs[j, k], W, retain_graph=True)
+                expected[j, k] = (gradient * M).sum()
+            with case(f"seed {seed}"):
+                close(nthr_scores(hidden, tokens, mask, correct, lm_head, **ALL), expected)
+                close(nthr_scores_pairwise(hidden, tokens, mask, correct, lm_head), expected, 1e-10)
 
 
 def test_score_predicts_the_effect_of_a_step_on_the_correct_responses():
@@ -101,20 +120,18 @@ def test_score_predicts_the_effect_of_a_step_on_the_correct_responses():
     close((change / epsilon)[mask], nthr_scores(hidden, tokens, mask, correct, lm_head, **ALL)[mask], 1e-3)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("seed", range(3))
-def test_responses_is_eq7_with_the_other_columns_dropped(seed, temperature):
-    args = group(seed)
-    hidden, tokens, mask, correct, lm_head = args
-    columns = sorted(set(tokens[mask].tolist()))
-    assert len(columns) < len(lm_head)
-    expected = eq7(*args, columns=columns, temperature=temperature)
-    assert not torch.allclose(expected, eq7(*args, temperature=temperature))   # it is an approximation
-    close(nthr_scores(*args, temperature=temperature), expected)
-    with_logprobs = nthr_scores(*args, logprobs=logprobs_of(hidden, tokens, lm_head, temperature),
-                                temperature=temperature)
-    close(with_logprobs, expected)
-    close(nthr_scores(*args, temperature=temperature, **ALL), eq7(*args, temperature=temperature))
+def test_responses_is_eq7_with_the_other_columns_dropped():
+    with cases() as case:
+        for seed, temperature in ((0, 1.0), (1, 0.6), (2, 1.7)):
+            hidden, tokens, mask, correct, lm_head = args = group(seed)
+            columns = sorted(set(tokens[mask].tolist()))
+            expected, whole = (eq7(*args, used, temperature) for used in (columns, None))
+            logprobs = logprobs_of(hidden, tokens, lm_head, temperature)
+            for name, settings, right in (("responses", {}, expected), ("logprobs", {"logprobs": logprobs}, expected),
+                                          ("all", ALL, whole), ("all, logprobs", {"logprobs": logprobs, **ALL}, whole)):
+                with case(f"seed {seed}, temperature {temperature}, {name}"):
+                    assert not torch.allclose(expected, whole)                 # columns are missing
+                    close(nthr_scores(*args, temperature=temperature, **settings), right)
 
 
 def test_logprobs_leave_no_work_of_vocabulary_size():
@@ -127,18 +144,19 @@ def test_logprobs_leave_no_work_of_vocabulary_size():
     close(nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs=logprobs), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("vocabulary", ["all", "responses"])
-def test_half_precision_input_is_accumulated_in_float32(dtype, vocabulary):
+def test_half_precision_input_is_accumulated_in_float32():
     """1500 tokens of almost equal sign: a sum kept in half precision would be off by several percent."""
-    args = group(2, G=4, T=500, V=40, d=16, dtype=dtype)
-    hidden, tokens, mask, correct, lm_head = args
-    hidden += 1                                                                # a common direction: sums grow large
-    exact = nthr_scores(hidden.double(), tokens, mask, correct, lm_head.double(), vocabulary=vocabulary)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        scores = nthr_scores(*args, vocabulary=vocabulary)
-    assert scores.dtype == torch.float32
-    assert ((scores - exact).abs().max() / exact.abs().max()).item() < 1e-5
+    with cases() as case:
+        for dtype in (torch.bfloat16, torch.float16):
+            hidden, tokens, mask, correct, lm_head = args = group(2, G=4, T=500, V=40, d=16, dtype=dtype)
+            hidden += 1                                                        # a common direction: sums grow large
+            for vocabulary in ("all", "responses"):
+                exact = nthr_scores(hidden.double(), tokens, mask, correct, lm_head.double(), vocabulary=vocabulary)
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    scores = nthr_scores(*args, vocabulary=vocabulary)
+                with case(f"{dtype}, {vocabulary}"):
+                    assert scores.dtype == torch.float32
+                    assert ((scores - exact).abs().max() / exact.abs().max()).item() < 1e-5
 
 
 def test_mixed_dtypes_are_computed_in_the_widest():
@@ -154,26 +172,32 @@ def test_the_check_of_logprobs_does_not_depend_on_the_chunks():
     """A few tokens whose log-probability is rounded badly do not end a run, whichever chunk they fall into."""
     hidden, tokens, mask, correct, lm_head = group(0)
     logprobs = logprobs_of(hidden, tokens, lm_head)
-    logprobs[0, 0] += 1
-    for chunk_size in (1, 1000):
-        nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs, chunk_size=chunk_size)
+    for chunk_size in (1, 3, 1000):
+        nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs + (torch.arange(7) == 0), chunk_size=chunk_size)
+        with pytest.raises(ValueError, match="logprobs are not"):
+            nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs + 1, chunk_size=chunk_size)
 
 
-@pytest.mark.parametrize("vocabulary", ["all", "responses"])
-def test_chunks_padding_and_order_change_nothing(vocabulary):
+def test_chunks_padding_and_order_change_nothing():
     hidden, tokens, mask, correct, lm_head = group(3)
-    scores = nthr_scores(hidden, tokens, mask, correct, lm_head, vocabulary=vocabulary)
-    for chunk_size in (1, 2, 3, 1000):
-        close(nthr_scores(hidden, tokens, mask, correct, lm_head, vocabulary=vocabulary, chunk_size=chunk_size), scores)
     order = torch.tensor([3, 0, 4, 2, 1])
-    close(nthr_scores(hidden[order], tokens[order], mask[order], correct[order], lm_head, vocabulary=vocabulary),
-          scores[order])
     wide = torch.cat([hidden, torch.full_like(hidden, math.nan)], 1)           # padding may hold anything
     ids = torch.cat([tokens, torch.full_like(tokens, -100)], 1)
-    padded = nthr_scores(wide, ids, torch.cat([mask, torch.zeros_like(mask)], 1), correct, lm_head,
-                         vocabulary=vocabulary)
-    close(padded[:, :mask.shape[1]], scores)
-    assert (padded[:, mask.shape[1]:] == 0).all() and (scores[~mask] == 0).all()
+    wide_mask = torch.cat([mask, torch.zeros_like(mask)], 1)
+    with cases() as case:
+        for vocabulary in ("all", "responses"):
+            scores = nthr_scores(hidden, tokens, mask, correct, lm_head, vocabulary=vocabulary)
+            for chunk_size in (1, 2, 3, 1000):
+                with case(f"{vocabulary}, chunks of {chunk_size}"):
+                    close(nthr_scores(hidden, tokens, mask, correct, lm_head, vocabulary=vocabulary,
+                                      chunk_size=chunk_size), scores)
+            with case(f"{vocabulary}, other order"):
+                close(nthr_scores(hidden[order], tokens[order], mask[order], correct[order], lm_head,
+                                  vocabulary=vocabulary), scores[order])
+            with case(f"{vocabulary}, more padding"):
+                padded = nthr_scores(wide, ids, wide_mask, correct, lm_head, vocabulary=vocabulary)
+                close(padded[:, :mask.shape[1]], scores)
+                assert (padded[:, mask.shape[1]:] == 0).all() and (scores[~mask] == 0).all()
 
 
 def test_scores_without_any_correct_or_any_token_are_zero():
@@ -208,18 +232,19 @@ def test_threshold_is_the_mean_self_influence_of_section_5():
     close(nthr_threshold(nthr_scores(*args, **ALL), mask, correct, beta=0.5), 0.5 * min(means))
 
 
-@pytest.mark.parametrize("rule, values", [("2|0.5-p|", [0.75, 0.0, 0.5]), ("p", [0.125, 0.5, 0.75]),
-                                          ("1-p", [0.875, 0.5, 0.25]), (0.3, [0.3] * 3), ("0.3", [0.3] * 3),
-                                          (0, [0] * 3)])
-def test_eta_rules(rule, values):
-    assert [nthr_eta(p, rule) for p in (0.125, 0.5, 0.75)] == pytest.approx(values)
+def test_eta_rules():
+    for rule, values in (("2|0.5-p|", [0.75, 0, 0.5, 1, 1]), ("p", [0.125, 0.5, 0.75, 0, 1]),
+                         ("1-p", [0.875, 0.5, 0.25, 1, 0]), (0.3, [0.3] * 5), ("0.3", [0.3] * 5), (0, [0] * 5)):
+        assert [nthr_eta(p, rule) for p in (0.125, 0.5, 0.75, 0, 1)] == pytest.approx(values), rule
 
 
-@pytest.mark.parametrize("success_rate, rule", [(0.5, "q"), (0.5, None), (0.5, 1.5), (0.5, -0.1), (0.5, math.nan),
-                                                (0.5, "nan"), (1.5, "p"), (math.nan, 0.5)])
-def test_eta_refuses(success_rate, rule):
-    with pytest.raises(ValueError, match="eta must be|success_rate must be"):
-        nthr_eta(success_rate, rule)
+def test_eta_refuses():
+    with cases() as case:
+        for success_rate, rule in ((0.5, "q"), (0.5, None), (0.5, 1.5), (0.5, -0.1), (0.5, math.nan), (0.5, "nan"),
+                                   (1.5, "p"), (math.nan, 0.5)):
+            with case((success_rate, rule)):
+                with pytest.raises(ValueError, match="success_rate must be" if success_rate != 0.5 else "eta must be"):
+                    nthr_eta(success_rate, rule)
 
 
 def advantages_of(correct, T):
@@ -229,30 +254,29 @@ def advantages_of(correct, T):
     return torch.tensor([[(1 - p) / sigma if right else -p / sigma] * T for right in correct.tolist()])
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("seed", range(4))
-def test_algorithm_1(seed, beta):
+def test_algorithm_1():
     """Token by token in plain Python: Eq. 8 from Eq. 7's scores, η on the selected ones, nothing else touched."""
-    hidden, tokens, mask, correct, lm_head = args = group(seed, correct=[1, 0, 0, 0, 1])
-    advantages = advantages_of(correct, mask.shape[1])
-    result = nthr_advantages(advantages, *args, beta=beta, vocabulary="all")
-    scores, eta = eq7(*args), 2 * abs(0.5 - 2 / 5)
-    tau = beta * min(scores[i][mask[i]].mean() for i in range(5) if correct[i] and mask[i].any())
-    assert isinstance(result, NTHR) and result.eta == pytest.approx(eta)
-    close(result.tau, tau)
-    close(result.scores, scores)
-    for j in range(5):
-        for k in range(mask.shape[1]):
-            chosen = bool(mask[j, k] and not correct[j] and scores[j, k] > tau)
-            assert result.selected[j, k] == chosen
-            assert result.advantages[j, k].item() == pytest.approx(advantages[j, k].item() * (eta if chosen else 1))
-
-
-def test_the_algorithm_1_cases_above_select_some_tokens_and_leave_some():
-    args = group(1, correct=[1, 0, 0, 0, 1])
-    negative = args[2] & (args[3] == 0)[:, None]
-    selected = nthr_advantages(advantages_of(args[3], 7), *args, beta=0.1).selected
-    assert 0 < selected.sum() < negative.sum()
+    chosen, left = 0, 0
+    with cases() as case:
+        for seed, beta in ((0, 0.0), (1, 0.1), (2, 1.0), (3, 0.1), (4, 0.0), (5, 1.0), (6, None), (7, None)):
+            hidden, tokens, mask, correct, lm_head = args = group(seed, correct=[1, 0, 0, 0, 1])
+            settings, columns = {"beta": beta, "vocabulary": "all"}, None
+            if beta is None:                                                   # the defaults: β = 1, V*_x
+                settings, columns, beta = {}, sorted(set(tokens[mask].tolist())), 1.0
+            advantages = advantages_of(correct, mask.shape[1])
+            scores, eta = eq7(*args, columns), 2 * abs(0.5 - 2 / 5)
+            tau = beta * min(scores[i][mask[i]].mean() for i in range(5) if correct[i] and mask[i].any())
+            negative = mask & ~correct.bool()[:, None]
+            expected = torch.tensor([[bool(negative[j, k] and scores[j, k] > tau) for k in range(7)] for j in range(5)])
+            with case(f"seed {seed}, {settings}"):
+                result = nthr_advantages(advantages, *args, **settings)
+                assert isinstance(result, NTHR) and result.eta == pytest.approx(eta)
+                close(result.tau, tau)
+                close(result.scores, scores)
+                assert torch.equal(result.selected, expected)
+                close(result.advantages, torch.where(expected, advantages * eta, advantages), 1e-6)
+            chosen, left = chosen + expected.sum(), left + (negative & ~expected).sum()
+    assert chosen > 10 and left > 10                                           # the cases hold both kinds of token
 
 
 def test_selection_is_strict():
@@ -279,13 +303,13 @@ def test_eta_1_is_grpo_bit_for_bit():
     assert result.selected.any() and torch.equal(result.advantages, advantages)
 
 
-@pytest.mark.parametrize("correct", [[0] * 5, [1] * 5])
-def test_groups_without_contrast_come_back_unchanged(correct):
-    args = group(8, correct=correct)
-    advantages = torch.randn(5, 7)
-    result = nthr_advantages(advantages, *args, beta=-math.inf, eta=0)
-    assert torch.equal(result.advantages, advantages) and not result.selected.any() and result.eta == 1
-    assert not result.scores.any() and result.tau == math.inf
+def test_groups_without_contrast_come_back_unchanged():
+    for correct in ([0] * 5, [1] * 5):
+        args = group(8, correct=correct)
+        advantages = torch.randn(5, 7)
+        result = nthr_advantages(advantages, *args, beta=-math.inf, eta=0)
+        assert torch.equal(result.advantages, advantages) and not result.selected.any() and result.eta == 1, correct
+        assert not result.scores.any() and result.tau == math.inf, correct
 
 
 def test_input_is_not_modified_and_needs_no_gradient():
@@ -301,70 +325,75 @@ def test_input_is_not_modified_and_needs_no_gradient():
 # --- Eq. 5
 
 def test_gwhes_is_eq5():
-    """p⁻ ΣΣ α⁻⟨h,h⟩ − p⁺ ΣΣ α⁺⟨h,h⟩, summed pair by pair, with Lemma 4.2's weights for p = 3/5."""
-    args = group(10, correct=[1, 1, 0, 0, 1])
-    scores, correct = eq7(*args), args[3].bool()
-    expected = 0.6 / math.sqrt(0.24) * scores[~correct].sum() - 0.4 / math.sqrt(0.24) * scores[correct].sum()
-    close(gwhes(nthr_scores(*args, **ALL), args[2], correct), expected)
-    assert gwhes(nthr_scores(*args), args[2], torch.ones(5)) == 0 == gwhes(nthr_scores(*args), args[2], torch.zeros(5))
+    """Eq. 5 of each correct response y⁺_i, as printed; gwhes is their sum, and divided by N⁺ their mean (p = 3/5)."""
+    hidden, tokens, mask, correct, lm_head = args = group(10, correct=[1, 1, 0, 1, 0])
+    right, eq5 = correct.bool(), []
+    for i in right.nonzero()[:, 0].tolist():
+        part = eq7(hidden, tokens, mask, torch.arange(5) == i, lm_head)        # Eq. 6: Σ_k α ⟨h_k, h_b⟩, k in y⁺_i only
+        eq5.append(0.6 / math.sqrt(0.24) * part[~right].sum() - 0.4 / math.sqrt(0.24) * part[right].sum())
+    assert len(eq5) == 3 and min(map(abs, eq5)) > 1e-3
+    total = gwhes(nthr_scores(*args, **ALL), mask, correct)
+    assert total.shape == ()
+    close(total, sum(eq5))
+    close(total / correct.sum(), sum(eq5) / 3)
+    assert gwhes(nthr_scores(*args), mask, torch.ones(5)) == 0 == gwhes(nthr_scores(*args), mask, torch.zeros(5))
+    close(gwhes(nthr_scores(*args, **ALL) + 9.0 * ~mask, mask, correct), total)        # padding is not looked at
 
 
 # --- input that must be refused, and the file itself
 
-def broken(name, value):
-    values = dict(zip(("hidden", "tokens", "mask", "correct", "lm_head"), group(0)))
-    values["advantages"] = torch.zeros(5, 7)
-    values[name] = value(values[name])
-    return values
+def test_bad_input_is_named():
+    def with_one(value):                                                       # one number of the first token
+        return lambda x: x.put(torch.tensor(3), x.new_tensor(value))
 
-
-@pytest.mark.parametrize("name, value, message", [
-    ("hidden", lambda x: x[0], "hidden must be"), ("hidden", lambda x: x[..., :-1], "hidden must be"),
-    ("lm_head", lambda x: x.T, "lm_head"), ("tokens", lambda x: x[:, 1:], "advantages must have shape"),
-    ("mask", lambda x: x[1:], "mask must have shape"), ("correct", lambda x: x[1:], "correct must have shape"),
-    ("correct", lambda x: x * 0.5, "correct must be bool or hold only 0 and 1, got 0.5"),
-    ("correct", lambda x: torch.where(x, 1.0, -1.0), "correct must be bool"), ("mask", lambda x: x * 2, "mask must be"),
-    ("advantages", lambda x: x[:, :1], "advantages must have shape"),
-    ("tokens", lambda x: x + 99, "tokens must be rows"),
-    ("tokens", lambda x: x - 99, "tokens must be rows"), ("hidden", lambda x: x * math.nan, "hidden holds NaN"),
-    ("hidden", lambda x: x * math.inf, "hidden holds NaN or infinite")])
-@pytest.mark.parametrize("all_correct", [False, True])
-def test_bad_input_is_named(name, value, message, all_correct):
-    values = broken(name, value)
-    if all_correct and name != "correct":
-        values["correct"] = torch.ones(5)
-    with pytest.raises(ValueError, match=message):
-        nthr_advantages(**values)
+    names = "hidden", "tokens", "mask", "correct", "lm_head"
+    with cases() as case:
+        for name, change, message in (
+                ("hidden", lambda x: x[0], "hidden must be"), ("hidden", lambda x: x[..., :-1], "hidden must be"),
+                ("hidden", with_one(math.nan), "hidden holds NaN"), ("hidden", with_one(-math.inf), "or infinite"),
+                ("lm_head", lambda x: x.T, "lm_head"), ("tokens", lambda x: x[:, 1:], "advantages must have shape"),
+                ("tokens", lambda x: x + 99, "tokens must be"), ("tokens", lambda x: x - 99, "tokens must be rows"),
+                ("mask", lambda x: x[1:], "mask must have shape"), ("mask", lambda x: x * 2, "mask must be bool"),
+                ("correct", lambda x: x[1:], "correct must have shape"),
+                ("correct", lambda x: x * 0.5, "correct must be bool or hold only 0 and 1, got 0.5"),
+                ("correct", lambda x: torch.where(x, 1.0, -1.0), "correct must be bool"),
+                ("advantages", lambda x: x[:, :1], "advantages must have shape")):
+            for p in (3 / 5, 1):
+                values = dict(zip(names, group(0)), advantages=torch.zeros(5, 7))
+                if p == 1 and name != "correct":
+                    values["correct"] = torch.ones(5)
+                values[name] = change(values[name])
+                with case(f"{name}, {message}, p = {p}"):
+                    with pytest.raises(ValueError, match=message):
+                        nthr_advantages(**values)
 
 
 def test_bad_settings_and_logprobs_are_named():
     args = group(0)
     logprobs = logprobs_of(args[0], args[1], args[4])
-    for setting, message in (({"vocabulary": "some"}, "vocabulary"), ({"temperature": 0}, "temperature"),
-                             ({"chunk_size": 0}, "chunk_size"), ({"logprobs": logprobs[:1]}, "logprobs must"),
-                             ({"logprobs": logprobs * math.nan}, "logprobs must be finite"),
-                             ({"logprobs": logprobs + 1}, "logprobs are not")):
-        with pytest.raises(ValueError, match=message):
-            nthr_scores(*args, **setting)
+    with cases() as case:
+        for setting, message in (({"vocabulary": "some"}, "vocabulary"), ({"temperature": 0}, "temperature"),
+                                 ({"chunk_size": 0}, "chunk_size"), ({"logprobs": logprobs[:1]}, "logprobs must"),
+                                 ({"logprobs": logprobs * math.nan}, "logprobs must be finite"),
+                                 ({"logprobs": logprobs + 1}, "logprobs are not")):
+            with case(message):
+                with pytest.raises(ValueError, match=message):
+                    nthr_scores(*args, **setting)
     args[4][args[1][args[2]][0]] = math.nan
     with pytest.raises(ValueError, match="scores are not finite"):
         nthr_scores(*args)
 
 
-def test_the_file_imports_torch_and_the_standard_library_only():
-    tree = ast.parse((ROOT / "nthr.py").read_text(encoding="utf-8"))
-    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert names <= {"torch", "math", "typing"}
-
-
-def test_the_toy_group_runs_alone(tmp_path):
+def test_the_file_runs_alone_and_needs_only_torch(tmp_path):
     """A copy of the one file, in a folder of its own, prints its table; the marks agree with the printed threshold."""
-    (tmp_path / "nthr.py").write_bytes((ROOT / "nthr.py").read_bytes())
-    lines = subprocess.run([sys.executable, "nthr.py"], cwd=tmp_path, capture_output=True, text=True, check=True,
-                           env={"PYTHONIOENCODING": "utf-8"}).stdout.splitlines()
+    (tmp_path / "nthr.py").write_bytes((Path(__file__).resolve().parent / "nthr.py").read_bytes())
+    script = ("import runpy, sys, torch; before = set(sys.modules); runpy.run_path('nthr.py', run_name='__main__'); "
+              "print({name.split('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names - {'torch'})")
+    *lines, beyond_torch = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True,
+                                          check=True, env={"PYTHONIOENCODING": "utf-8"}).stdout.splitlines()
+    assert beyond_torch == "set()"
     tau = float(lines[0].split("tau = ")[1].split()[0])
     rows = [line.split() for line in lines if len(line.split()) >= 3 and line.split()[2] in ("-1.00", "0.00")]
-    assert len(rows) == 16
+    assert len(rows) == 16 and {len(row) for row in rows} > {3}                # some marked, some not
     for _, score, advantage, *mark in rows:
         assert bool(mark) == (advantage == "0.00") == (float(score) > tau)
