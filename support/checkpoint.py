@@ -47,10 +47,12 @@ def lock_folder(out):
     """Hold the output folder, so that a second process that would write to it ends with one line.
 
     The lock ends with the process, however that dies. A folder in which nothing was written is not left behind."""
+    handle = None
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
         if fcntl:
-            fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            handle = os.open(out, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fail(f"another process is writing to {out}: wait until it has ended, or choose another --out")
     except OSError as error:
@@ -58,6 +60,8 @@ def lock_folder(out):
     try:
         yield
     finally:
+        if handle is not None:
+            os.close(handle)
         with suppress(OSError):
             Path(out).rmdir()                                                  # fails unless it is empty
 
