@@ -36,9 +36,8 @@ from support.models import (READ_NO_STATES, checkpoint_activations, load_config,
                             precision)
 
 # Shapes: Q questions, G responses each, K kept questions, B = K·G rows (the G of a question consecutive), T tokens
-NOT_MEASURED = dict.fromkeys((
-    "tau", "eta", "selected_share", "updates", "skipped_updates", "loss", "clip_share", "kl", "nll", "grad_norm",
-    "ratio_deviation", "delta_mean", "delta_nonpositive_share", "eval_accuracy"))
+NOT_MEASURED = dict.fromkeys("tau eta selected_share updates skipped_updates loss clip_share kl nll grad_norm "
+                             "ratio_deviation delta_mean delta_nonpositive_share eval_accuracy".split())
 
 
 @dataclass
@@ -152,7 +151,7 @@ def update(run, rollout, correct, advantages, args, timer):
             logprobs = policy_logprobs(model, rollout, micro, args)
             old[micro, :logprobs.shape[1]] = logprobs
     model.train(args.gradient_checkpointing)                                   # recomputation works in train mode only
-    done, skipped, deviation = [], 0, torch.zeros((), device=mask.device)
+    done, skipped, deviation = [], 0, 0.0
     for number, (rows, micros) in enumerate((first, *later)):
         weights, totals, ref = torch.zeros(len(mask), device=mask.device), {}, None
         weights[rows] = token_weights(mask[rows], args.group_size)
@@ -163,9 +162,9 @@ def update(run, rollout, correct, advantages, args, timer):
             with timer("model_update"):
                 logprobs = policy_logprobs(model, rollout, micro, args)
                 t = logprobs.shape[1]
-                if number == 0:
-                    change = torch.expm1(logprobs.detach() - old[micro, :t]).abs().max()           # since sampling
-                    deviation, old[micro, :t] = torch.maximum(deviation, change), logprobs.detach()
+                if number == 0:                                                # until here, old is the sampler's
+                    deviation = max(deviation, torch.expm1(logprobs.detach() - old[micro, :t]).abs().max().item())
+                    old[micro, :t] = logprobs.detach()
                 loss, metrics = grpo_loss(
                     logprobs, old[micro, :t], advantages[micro, :t], mask[micro, :t], args.group_size, args.clip_eps,
                     ref, args.kl_coef, args.nll_coef, correct.flatten()[micro], weights[micro])
@@ -185,7 +184,7 @@ def update(run, rollout, correct, advantages, args, timer):
             break
     model.eval()
     means = {name: sum(totals[name] for totals in done) / len(done) for name in done[0]} if done else {}
-    return old, {"updates": len(done), "skipped_updates": skipped, "ratio_deviation": deviation.item(), **means}
+    return old, {"updates": len(done), "skipped_updates": skipped, "ratio_deviation": deviation, **means}
 
 
 @torch.no_grad()
@@ -242,8 +241,7 @@ def load_run(args, checkpoint):
     model = load_model(source, args.device, args.method)
     if args.gradient_checkpointing:
         checkpoint_activations(model)
-    dtype = getattr(torch, args.dtype)                                         # frozen: no float32 weights are needed
-    reference = load_model(args.model, args.device, args.method, dtype) if args.kl_coef else None
+    reference = load_model(args.model, args.device, args.method, getattr(torch, args.dtype)) if args.kl_coef else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=args.device.startswith(("cpu", "cuda")))             # no copies of weights
     progress = load_progress(checkpoint, optimizer) if checkpoint else Progress()
@@ -254,9 +252,7 @@ def train(args):
     """`train_step` by `train_step`, with evaluations, logs and checkpoints in between; --resume from a checkpoint."""
     out, checkpoint = Path(args.out), next(iter(checkpoints(args.out)), None) if args.resume else None
     run = load_run(args, checkpoint)
-    progress, stop = run.progress, StopSignal(resume_command(args))
-    if checkpoint and progress.step >= args.steps:
-        return print(f"{out} is complete at step {progress.step}: pass a larger --steps to go on")
+    progress, stop, stopping = run.progress, StopSignal(resume_command(args)), 0
     replace_text(out / "config.json", json.dumps(recordable_flags(args), indent=1))
     for log in ("metrics.jsonl", "samples.jsonl"):
         cut_log(out / log, progress.step if checkpoint else -1)
@@ -270,15 +266,15 @@ def train(args):
     if not checkpoint:
         log_and_save(0, evaluate(run, args, 0), save=True)
     with tqdm(initial=progress.step, total=args.steps, desc=args.method) as bar:
-        while progress.step < args.steps and not stop.number and progress.nonfinite < 3:
+        while progress.step < args.steps and progress.nonfinite < 3 and not stopping:
             step = progress.step + 1
             metrics = train_step(run, args, step)
-            last = step == args.steps or progress.nonfinite == 3
+            last, stopping = step == args.steps or progress.nonfinite == 3, stop.number
             if last or (args.eval_every and step % args.eval_every == 0):
                 with metrics["seconds"]("evaluation"):
                     metrics |= evaluate(run, args, step)
             log_and_save(step, {**metrics, "peak_memory_gib": peak_memory()},
-                         save=last or stop.number or (args.save_every and step % args.save_every == 0))
+                         save=last or stopping or (args.save_every and step % args.save_every == 0))
             bar.set_postfix(success=f"{metrics['success_rate']:.2f}", groups=metrics["groups_kept"],
                             tokens_s=f"{metrics['tokens_per_second']:.0f}")
             bar.update()
@@ -287,7 +283,7 @@ def train(args):
              f"the last good weights, with a lower --lr")
     if progress.step < args.steps:
         print(f"stopped after step {progress.step}; continue with: {stop.command}")
-        sys.exit(128 + stop.number)                                            # as shells tell the signal
+        sys.exit(128 + stopping)
     if not run.optimizer.state:                                                # AdamW has moments from the first update
         print("warning: no update was made, as no question had both right and wrong answers: look at --reward and "
               "--data, or draw more with --group-size or --sampling-rounds", file=sys.stderr)
