@@ -9,6 +9,7 @@ from transformers import (AutoModelForCausalLM, CohereConfig, FalconH1Config, Ge
                           LlamaConfig, PhiConfig, Qwen2Config)
 
 import grpo
+from test_nthr import cases
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              initializer_range=0.3, bos_token_id=None, eos_token_id=0, pad_token_id=0)
@@ -86,16 +87,19 @@ def loop_loss(logprobs, old, ref, advantages, mask, correct, G, eps, kl_coef, nl
     return totals
 
 
+def close(actual, expected, atol=5e-5, rtol=1e-5):
+    """Padding changes the order of float32 sums, which moves ln π by up to 5e-6: ten times that is allowed."""
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=rtol)
+
+
 # ---- group_advantages, pos_only, random_selection
 
-@pytest.mark.parametrize("rewards, expected", [
-    ([1, 0, 0, 0], [3 ** 0.5, -(3 ** -0.5), -(3 ** -0.5), -(3 ** -0.5)]),       # mean 1/4, variance 3/16
-    ([1, 2, 3, 6], [x / 3.5 ** 0.5 for x in (-2, -1, 0, 3)]),                   # mean 3, variance (4+1+0+9)/4
-    ([-5, -7], [1, -1]),
-])
-def test_advantages_are_centred_and_divided_by_the_population_std(rewards, expected):
-    result = grpo.group_advantages(torch.tensor([rewards], dtype=torch.float64))
-    torch.testing.assert_close(result, torch.tensor([expected], dtype=torch.float64))
+def test_advantages_are_centred_and_divided_by_the_population_std():
+    for rewards, expected in (([1, 0, 0, 0], [3 ** 0.5] + [-(3 ** -0.5)] * 3),  # mean 1/4, variance 3/16
+                              ([1, 2, 3, 6], [x / 3.5 ** 0.5 for x in (-2, -1, 0, 3)]),  # mean 3, variance (4+1+0+9)/4
+                              ([-5, -7], [1, -1])):
+        result = grpo.group_advantages(torch.tensor([rewards], dtype=torch.float64))
+        torch.testing.assert_close(result, torch.tensor([expected], dtype=torch.float64))
 
 
 def test_binary_advantages_are_those_of_lemma_4_2():
@@ -114,32 +118,32 @@ def test_equal_rewards_give_exactly_zero_whatever_their_value():
     assert (grpo.group_advantages(rewards) == 0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_rewards_equal_up_to_rounding_give_exactly_zero_and_spare_other_groups(dtype):
-    eps = torch.finfo(dtype).eps
-    tenths = torch.full((7,), 0.1, dtype=dtype)
-    running = torch.stack([sum(tenths[1:], tenths[0]), 7 * tenths[0], torch.tensor(0.7, dtype=dtype),
-                           torch.tensor(0.7, dtype=dtype)])                     # three ways to write 0.7
-    rewards = torch.stack([running, torch.tensor([1, 1 + 2 * eps, 1, 1 - eps], dtype=dtype) * -1e20,
-                           torch.tensor([1, 0, 1, 0], dtype=dtype)])
-    assert len(rewards[0].unique()) > 1 and len(rewards[1].unique()) > 1        # equal up to rounding, not in bits
-    result = grpo.group_advantages(rewards)
-    assert (result[:2] == 0).all()
-    assert result[2].tolist() == [1, -1, 1, -1]
+def test_rewards_equal_up_to_rounding_give_exactly_zero_and_spare_other_groups():
+    with cases() as case:
+        for dtype in (torch.float32, torch.float64):
+            eps, tenth, seven = torch.finfo(dtype).eps, torch.tensor(0.1, dtype=dtype), torch.tensor(0.7, dtype=dtype)
+            rewards = torch.stack([torch.stack([sum([tenth] * 6, tenth), 7 * tenth, seven, seven]),  # 0.7 in three ways
+                                   torch.tensor([1, 1 + 2 * eps, 1, 1 - eps], dtype=dtype) * -1e20,
+                                   torch.tensor([1, 0, 1, 0], dtype=dtype)])
+            assert all(len(row.unique()) > 1 for row in rewards)                # equal up to rounding, not in bits
+            with case(dtype):
+                result = grpo.group_advantages(rewards)
+                assert (result[:2] == 0).all() and result[2].tolist() == [1, -1, 1, -1]
 
 
-@pytest.mark.parametrize("dtype, difference", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-def test_a_small_but_real_difference_is_not_rounding(dtype, difference):
-    result = grpo.group_advantages(torch.tensor([[1.0, 1.0 + difference]], dtype=dtype))
-    torch.testing.assert_close(result, torch.tensor([[-1.0, 1.0]], dtype=dtype))
+def test_a_small_but_real_difference_is_not_rounding():
+    for dtype, difference in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        result = grpo.group_advantages(torch.tensor([[1.0, 1.0 + difference]], dtype=dtype))
+        torch.testing.assert_close(result, torch.tensor([[-1.0, 1.0]], dtype=dtype))
 
 
-@pytest.mark.parametrize("scale, dtype", [(1e30, torch.float32), (1e-30, torch.float32), (-2.5, torch.float32),
-                                          (1e300, torch.float64), (1e-300, torch.float64)])
-def test_advantages_do_not_depend_on_the_scale_of_the_rewards(scale, dtype):
-    result = grpo.group_advantages(torch.tensor([[1, 2, 3, 6]], dtype=dtype) * scale)
-    expected = torch.tensor([[-2, -1, 0, 3]], dtype=dtype) / 3.5 ** 0.5 * (1 if scale > 0 else -1)
-    torch.testing.assert_close(result, expected, atol=1e-6, rtol=1e-5)
+def test_advantages_do_not_depend_on_the_scale_of_the_rewards():
+    with cases() as case:
+        for scale, dtype in ((1e30, torch.float32), (1e-30, torch.float32), (-2.5, torch.float32),
+                             (1e300, torch.float64), (1e-300, torch.float64)):
+            expected = torch.tensor([[-2, -1, 0, 3]], dtype=dtype) / 3.5 ** 0.5 * (1 if scale > 0 else -1)
+            with case((scale, dtype)):
+                close(grpo.group_advantages(torch.tensor([[1, 2, 3, 6]], dtype=dtype) * scale), expected, 1e-6, 1e-5)
 
 
 def test_integer_and_bool_rewards_give_float32_and_floats_keep_their_dtype():
@@ -151,12 +155,13 @@ def test_integer_and_bool_rewards_give_float32_and_floats_keep_their_dtype():
         assert result.dtype == dtype and result.tolist() == [[1, -1]]
 
 
-@pytest.mark.parametrize("rewards, message", [
-    (torch.ones(4), r"\(4,\)"), (torch.ones(4, 1), r"\(4, 1\)"), (torch.ones(2, 2, 2), r"\(2, 2, 2\)"),
-    (torch.tensor([[1.0, math.nan]]), "finite"), (torch.tensor([[1.0, math.inf]]), "finite")])
-def test_rewards_of_a_wrong_shape_or_not_finite_are_refused(rewards, message):
-    with pytest.raises(ValueError, match=message):
-        grpo.group_advantages(rewards)
+def test_rewards_of_a_wrong_shape_or_not_finite_are_refused():
+    with cases() as case:
+        for rewards, message in ((torch.ones(4), r"\(4,\)"), (torch.ones(4, 1), r"\(4, 1\)"),
+                                 (torch.ones(2, 2, 2), r"\(2, 2, 2\)"), (torch.tensor([[1.0, math.nan]]), "finite"),
+                                 (torch.tensor([[1.0, math.inf]]), "finite")):
+            with case(rewards), pytest.raises(ValueError, match=message):
+                grpo.group_advantages(rewards)
 
 
 def test_pos_only_zeroes_negative_advantages_and_nothing_else():
@@ -171,27 +176,21 @@ SELECTED = torch.tensor([[0, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0,
 
 
 def test_random_selection_takes_as_many_tokens_per_row_as_nthr_and_only_valid_incorrect_ones():
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(50):
-        chosen = grpo.random_selection(SELECTED, SELECTION_MASK, SELECTION_CORRECT, generator)
-        assert chosen.dtype == torch.bool and chosen.sum(1).tolist() == [0, 1, 2, 2]
-        assert not (chosen & ~SELECTION_MASK).any()
-
-
-def test_random_selection_never_touches_a_correct_row_even_if_told_to():
-    selected = SELECTED.clone()
-    selected[0, :3] = True
-    chosen = grpo.random_selection(selected, SELECTION_MASK, SELECTION_CORRECT, torch.Generator().manual_seed(0))
-    assert not chosen[0].any()
-
-
-def test_random_selection_counts_right_in_a_mask_with_holes():
-    mask = torch.tensor([[0, 1, 0, 0, 1, 1, 0, 1]]).bool()
-    selected = torch.tensor([[0, 1, 0, 0, 0, 1, 0, 0]]).bool()
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(50):
-        chosen = grpo.random_selection(selected, mask, torch.tensor([False]), generator)
-        assert chosen.sum() == 2 and not (chosen & ~mask).any()
+    told, holes = SELECTED.clone(), torch.tensor([[0, 1, 0, 0, 1, 1, 0, 1]])
+    told[0, :3] = True                                                          # a correct row is never touched
+    with cases() as case:
+        for name, selected, mask, correct, counts in (
+                ("padding", SELECTED, SELECTION_MASK, SELECTION_CORRECT, [0, 1, 2, 2]),
+                ("told to take of a correct row", told, SELECTION_MASK, SELECTION_CORRECT, [0, 1, 2, 2]),
+                ("a mask with holes", torch.tensor([[0, 1, 0, 0, 0, 1, 0, 0]]).bool(), holes.bool(),
+                 torch.tensor([False]), [2]),
+                ("zeros and ones", torch.tensor([[0, 1, 0, 0, 0, 1, 0, 0]]), holes.float(), torch.zeros(1), [2])):
+            generator = torch.Generator().manual_seed(0)
+            with case(name):
+                for _ in range(50):
+                    chosen = grpo.random_selection(selected, mask, correct, generator)
+                    assert chosen.dtype == torch.bool and chosen.sum(1).tolist() == counts
+                    assert not (chosen & ~mask.bool()).any()
 
 
 def test_random_selection_is_uniform_over_the_valid_tokens():
@@ -213,110 +212,134 @@ def test_random_selection_follows_its_generator():
 
 # ---- response_logprobs
 
-@pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-def test_logprobs_are_log_softmax_of_the_unpadded_logits_and_zero_on_padding(kind, temperature):
-    model = tiny_model(kind)
+def test_logprobs_are_log_softmax_of_the_unpadded_logits_and_zero_on_padding():
     ids, mask, P = ragged_batch([5, 2, 7, 1], [4, 6, 1, 3])
+    with cases() as case, torch.no_grad():
+        for kind, temperature in (*zip(CONFIGS, (1.0, 0.6, 1.7)), ("qwen2 tied", 0.6), ("llama untied", 1.0)):
+            model = tiny_model(kind)
+            with case((kind, temperature)):
+                result = grpo.response_logprobs(model, ids, mask, P, temperature)
+                expected = naive_logprobs(model, ids, mask, P, temperature)
+                assert result.shape == (4, 6) and result.dtype == torch.float32
+                for row, valid, naive in zip(result, mask[:, P:].bool(), expected):
+                    close(row[valid], naive)
+                    assert (row[~valid] == 0).all()
+
+
+def test_at_an_extreme_temperature_every_token_is_as_likely_or_one_is_certain():
+    model = tiny_model("llama untied")
+    ids, mask, P = ragged_batch([5, 2], [4, 6])
     with torch.no_grad():
-        result = grpo.response_logprobs(model, ids, mask, P, temperature)
-        expected = naive_logprobs(model, ids, mask, P, temperature)
-    assert result.shape == (4, 6) and result.dtype == torch.float32
-    for row, valid, naive in zip(result, mask[:, P:].bool(), expected):
-        torch.testing.assert_close(row[valid], naive, atol=2e-4, rtol=1e-4)
-        assert (row[~valid] == 0).all()
+        hot = grpo.response_logprobs(model, ids, mask, P, 1e30)
+        close(hot, -math.log(61) * mask[:, P:], 1e-5)
+        likeliest = torch.stack([model(row[valid][None]).logits[0, -1].argmax()      # of the prompts' last states
+                                 for row, valid in zip(ids[:, :P], mask[:, :P].bool())])
+        cold = grpo.response_logprobs(model, torch.cat([ids[:, :P], likeliest[:, None]], 1), mask[:, :P + 1], P, 1e-30)
+    assert cold.tolist() == [[0.0], [0.0]]                                      # ln 1, not NaN
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_more_left_padding_changes_nothing(kind):
-    model = tiny_model(kind)
+def test_more_left_padding_and_the_ids_of_padding_change_nothing():
     ids, mask, P = ragged_batch([5, 2], [4, 6])
     wide_ids = torch.cat([torch.full((2, 9), 7), ids], dim=1)
     wide_mask = torch.cat([torch.zeros(2, 9, dtype=torch.long), mask], dim=1)
-    with torch.no_grad():
-        narrow = grpo.response_logprobs(model, ids, mask, P)
-        wide = grpo.response_logprobs(model, wide_ids, wide_mask.bool(), P + 9)
-    torch.testing.assert_close(wide, narrow, atol=2e-4, rtol=1e-4)
+    with cases() as case, torch.no_grad():
+        for kind in CONFIGS:
+            model = tiny_model(kind)
+            narrow = grpo.response_logprobs(model, ids, mask, P)
+            with case(f"{kind}, padding"):
+                close(grpo.response_logprobs(model, wide_ids, wide_mask.bool(), P + 9), narrow)
+            with case(f"{kind}, ids"):
+                other = grpo.response_logprobs(model, ids.masked_fill(mask == 0, 3), mask, P)
+                torch.testing.assert_close(other, narrow)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_returned_states_are_the_inputs_of_the_lm_head(kind):
-    model = tiny_model(kind)
+def test_returned_states_are_the_inputs_of_the_lm_head():
     ids, mask, P = ragged_batch([5, 2, 3], [4, 6, 2])
-    with torch.no_grad():
-        plain = grpo.response_logprobs(model, ids, mask, P)
-        logprobs, hidden = grpo.response_logprobs(model, ids, mask, P, return_hidden=True)
-        expected = unpadded_logits(model, ids, mask, P)
-        assert hidden.shape == (3, 6, 32) and logprobs.equal(plain)
-        for row, valid, logits in zip(hidden, mask[:, P:].bool(), expected):
-            torch.testing.assert_close(model.get_output_embeddings()(row[valid]), logits, atol=2e-4, rtol=1e-4)
+    with cases() as case, torch.no_grad():
+        for kind in CONFIGS:
+            model = tiny_model(kind)
+            with case(kind):
+                logprobs, hidden = grpo.response_logprobs(model, ids, mask, P, return_hidden=True)
+                assert hidden.shape == (3, 6, 32) and logprobs.equal(grpo.response_logprobs(model, ids, mask, P))
+                for row, valid, logits in zip(hidden, mask[:, P:].bool(), unpadded_logits(model, ids, mask, P)):
+                    close(model.get_output_embeddings()(row[valid]), logits)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_gradients_of_all_parameters_equal_those_through_the_full_logits(kind, monkeypatch):
-    model = tiny_model(kind)
+def gradients(model, logprobs, coefficients):
+    """Of Σ coefficient · ln π with respect to each parameter; None where it is frozen."""
+    model.zero_grad()
+    sum((row * c).sum() for row, c in zip(logprobs, coefficients)).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_gradients_of_all_parameters_equal_those_through_the_full_logits(monkeypatch):
     ids, mask, P = ragged_batch([5, 2, 3], [4, 6, 2])
     coefficients = torch.randn(3, 6, generator=torch.Generator().manual_seed(5))
     monkeypatch.setattr(grpo, "LOGITS_AT_ONCE", 61 * 5)                         # 12 tokens in chunks of 5
-    (grpo.response_logprobs(model, ids, mask, P, 0.8) * coefficients).sum().backward()
-    result = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    sum((naive * c[valid]).sum() for naive, c, valid in
-        zip(naive_logprobs(model, ids, mask, P, 0.8), coefficients, mask[:, P:].bool())).backward()
-    assert len(result) > 10
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(result[name], p.grad, atol=1e-3 * p.grad.abs().max().item(), rtol=1e-3, msg=name)
+    with cases() as case:
+        for kind in CONFIGS:
+            model = tiny_model(kind)
+            result = gradients(model, grpo.response_logprobs(model, ids, mask, P, 0.8), coefficients)
+            expected = gradients(model, naive_logprobs(model, ids, mask, P, 0.8),
+                                 [c[valid] for c, valid in zip(coefficients, mask[:, P:].bool())])
+            assert len(result) > 10
+            for name, gradient in expected.items():
+                with case(f"{kind}, {name}"):
+                    close(result[name], gradient, 1e-3 * gradient.abs().max().item(), 1e-3)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_the_base_model_runs_once_and_with_the_mask(kind):
-    model, masks = tiny_model(kind), []
-    model.base_model.register_forward_pre_hook(lambda _, args, kwargs: masks.append(kwargs.get("attention_mask")),
-                                               with_kwargs=True)
+def test_the_base_model_runs_once_and_with_the_mask():
     ids, mask, P = ragged_batch([5, 2, 3], [4, 6, 2])
-    grpo.response_logprobs(model, ids, mask, P).sum().backward()
-    assert len(masks) == 1 and masks[0].bool().equal(mask.bool())
+    with cases() as case:
+        for kind in CONFIGS:
+            model, masks = tiny_model(kind), []
+            model.base_model.register_forward_pre_hook(
+                lambda _, args, kwargs: masks.append(kwargs.get("attention_mask")), with_kwargs=True)
+            with case(kind):
+                grpo.response_logprobs(model, ids, mask, P).sum().backward()
+                assert len(masks) == 1 and masks[0].bool().equal(mask.bool())
 
 
-@pytest.mark.parametrize("frozen", ["body", "head", "none"])
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_the_gradient_through_a_head_with_a_bias_is_that_of_autograd_whatever_is_frozen(frozen, temperature,
-                                                                                        monkeypatch):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(PhiConfig(vocab_size=61, **SIZES)).eval().double()
-    with torch.no_grad():
-        model.lm_head.bias.normal_(0, 3)
-    for name, p in model.named_parameters():
-        p.requires_grad_(frozen == "none" or name.startswith("lm_head") == (frozen == "body"))
+def test_a_head_with_a_bias_is_scored_with_it_and_its_gradient_is_that_of_autograd_whatever_is_frozen(monkeypatch):
     ids, mask, P = ragged_batch([4, 2, 3], [3, 5, 4])
     coefficients = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    valid = mask[:, P:].bool()
     monkeypatch.setattr(grpo, "LOGITS_AT_ONCE", 61 * 5)                         # 12 tokens in chunks of 5
-    (grpo.response_logprobs(model, ids, mask, P, temperature) * coefficients).sum().backward()
-    result = {name: p.grad for name, p in model.named_parameters()}
-    model.zero_grad()
-    sum((naive * c[valid]).sum() for naive, c, valid in
-        zip(naive_logprobs(model, ids, mask, P, temperature), coefficients, mask[:, P:].bool())).backward()
-    assert any(p.grad is not None for p in model.parameters())
-    for name, p in model.named_parameters():
-        assert (result[name] is None) == (p.grad is None)
-        if p.grad is not None:
-            torch.testing.assert_close(result[name], p.grad, msg=name)
+    with cases() as case:
+        for frozen, temperature in (("body", 0.6), ("head", 1.0), ("nothing", 0.6)):
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(PhiConfig(vocab_size=61, **SIZES)).eval().double()
+            with torch.no_grad():
+                model.lm_head.bias.normal_(0, 3)
+            for name, p in model.named_parameters():
+                p.requires_grad_(frozen == "nothing" or name.startswith("lm_head") == (frozen == "body"))
+            logprobs, naive = (f(model, ids, mask, P, temperature) for f in (grpo.response_logprobs, naive_logprobs))
+            with case(f"{frozen} frozen, forward"):
+                torch.testing.assert_close(logprobs[valid], torch.cat(naive))
+            result = gradients(model, logprobs, coefficients)
+            expected = gradients(model, naive, [c[row] for c, row in zip(coefficients, valid)])
+            assert any(gradient is not None for gradient in expected.values())
+            for name, gradient in expected.items():
+                with case(f"{frozen} frozen, {name}"):
+                    assert (result[name] is None) == (gradient is None)
+                    if gradient is not None:
+                        torch.testing.assert_close(result[name], gradient)
 
 
 def test_in_bfloat16_autocast_the_gradient_is_that_of_float32_up_to_rounding():
     """bfloat16 rounds each product to 0.4%; sums over chunks are kept in float32."""
     model = tiny_model("llama untied")
     ids, mask, P = ragged_batch([5, 2, 3], [4, 6, 2])
-    gradients = []
+    both = []
     for enabled in (False, True):
         model.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             grpo.response_logprobs(model, ids, mask, P).sum().backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
-    for name, exact in gradients[0].items():
-        assert gradients[1][name].dtype == torch.float32
-        assert (gradients[1][name] - exact).norm() < 0.03 * exact.norm(), name
-    assert not gradients[0]["lm_head.weight"].equal(gradients[1]["lm_head.weight"])
+        both.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, exact in both[0].items():
+        assert both[1][name].dtype == torch.float32
+        assert (both[1][name] - exact).norm() < 0.03 * exact.norm(), name
+    assert not both[0]["lm_head.weight"].equal(both[1]["lm_head.weight"])
 
 
 def test_a_head_that_is_no_linear_layer_is_refused():
@@ -327,34 +350,37 @@ def test_a_head_that_is_no_linear_layer_is_refused():
         grpo.response_logprobs(model, ids, mask, P)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_no_tensor_of_all_logits_exists_in_forward_or_backward_and_none_is_kept_between(tied, monkeypatch):
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation returns while this is active."""
+
+    def __enter__(self):
+        self.size = 0
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.size = max([self.size] + [x.numel() for x in tree_leaves(out) if torch.is_tensor(x)])
+        return out
+
+
+def test_no_tensor_of_all_logits_exists_in_forward_or_backward_and_none_is_kept_between(monkeypatch):
     V, chunk = 997, 5
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(Qwen2Config(
-        vocab_size=V, tie_word_embeddings=tied,
-        **{**SIZES, "hidden_size": 4, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1}))
+    sizes = SIZES | dict(hidden_size=4, intermediate_size=8, num_attention_heads=2, num_key_value_heads=1)
     ids, mask, P = ragged_batch([3, 4, 2, 4], [8, 6, 8, 7], V)                  # 29 tokens
     monkeypatch.setattr(grpo, "LOGITS_AT_ONCE", V * chunk)
-    largest, kept = {"now": 0}, []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            largest["now"] = max([largest["now"]] + [x.numel() for x in tree_leaves(out) if torch.is_tensor(x)])
-            return out
-
-    def pack(x):
-        if x.shape[-1:] == (V,) and x.shape != (4, V):                          # (4, V) is the transposed weight
-            kept.append(x.shape)
-        return x
-
-    with Watch(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss = grpo.response_logprobs(model, ids, mask, P).sum()
-        assert largest["now"] == chunk * V and kept == []                       # 29 · V if all were taken at once
-        largest["now"] = 0
-        loss.backward()
-    assert largest["now"] == chunk * V
+    with cases() as case:
+        for tied in (True, False):
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(Qwen2Config(vocab_size=V, tie_word_embeddings=tied, **sizes))
+            kept = []
+            with case(f"tied {tied}"):
+                with LargestTensor() as forward, torch.autograd.graph.saved_tensors_hooks(
+                        lambda x: kept.append(x.shape) or x, lambda x: x):
+                    loss = grpo.response_logprobs(model, ids, mask, P).sum()
+                with LargestTensor() as backward:
+                    loss.backward()
+                assert forward.size == backward.size == chunk * V               # 29 · V if all were taken at once
+                assert [shape for shape in kept if shape[-1:] == (V,) and shape != (4, V)] == []  # (4, V): weight.T
 
 
 def test_a_vocabulary_larger_than_the_logits_limit_still_works(monkeypatch):
@@ -374,17 +400,9 @@ def test_an_eos_that_is_also_the_pad_token_keeps_its_logprob_and_gradient():
     logprobs, hidden = grpo.response_logprobs(model, ids, mask, P, return_hidden=True)
     expected = naive_logprobs(model, ids, mask, P)[0][2]
     assert expected < -0.01
-    torch.testing.assert_close(logprobs[0, 2], expected, atol=2e-4, rtol=1e-4)
+    close(logprobs[0, 2], expected)
     gradient = torch.autograd.grad(logprobs[0, 2], model.lm_head.weight)[0][0]  # ∂/∂w_eos ln π(eos) = (1 − π) h
     torch.testing.assert_close(gradient, (1 - expected.exp()) * hidden[0, 2], atol=1e-4, rtol=1e-3)
-
-
-def test_padding_ids_have_no_influence():
-    model = tiny_model("qwen2 tied")
-    ids, mask, P = ragged_batch([5, 2], [4, 6])
-    with torch.no_grad():
-        torch.testing.assert_close(grpo.response_logprobs(model, ids.masked_fill(mask == 0, 3), mask, P),
-                                   grpo.response_logprobs(model, ids.masked_fill(mask == 0, 60), mask, P))
 
 
 def test_rows_without_response_tokens_are_all_zero():
@@ -409,21 +427,22 @@ def test_logprobs_are_float32_and_sum_to_one_in_a_bfloat16_model():
     assert abs(result.double().exp().sum().item() - 1) < 1e-5                   # bfloat16 would be off by 1e-3
 
 
-@pytest.mark.parametrize("config, option, value", [
-    (Gemma2Config, "final_logit_softcapping", 2.0), (Gemma2Config, "final_logit_softcapping", None),
-    (GraniteConfig, "logits_scaling", 8.0), (GraniteConfig, "logits_scaling", 1.0),
-    (CohereConfig, "logit_scale", 0.25), (CohereConfig, "logit_scale", 1.0)])
-def test_a_model_that_changes_its_logits_after_the_lm_head_is_refused_and_no_other(config, option, value):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config(vocab_size=61, head_dim=8, **{option: value}, **SIZES)).eval()
+def test_a_model_that_changes_its_logits_after_the_lm_head_is_refused_and_no_other():
     ids, mask, P = ragged_batch([4, 4], [3, 3])
-    with torch.no_grad():
-        expected = torch.stack(naive_logprobs(model, ids, mask, P))
-        if value in (None, 1.0):
-            torch.testing.assert_close(grpo.response_logprobs(model, ids, mask, P), expected, atol=2e-4, rtol=1e-4)
-        else:
-            with pytest.raises(ValueError, match=f"{option} = {value}"):
-                grpo.response_logprobs(model, ids, mask, P)
+    with cases() as case, torch.no_grad():
+        for config, option, value in ((Gemma2Config, "final_logit_softcapping", 2.0),
+                                      (Gemma2Config, "final_logit_softcapping", None),
+                                      (GraniteConfig, "logits_scaling", 8.0), (GraniteConfig, "logits_scaling", 1.0),
+                                      (CohereConfig, "logit_scale", 0.25), (CohereConfig, "logit_scale", 1.0)):
+            torch.manual_seed(0)
+            config = config(vocab_size=61, head_dim=8, **{option: value}, **SIZES)
+            model = AutoModelForCausalLM.from_config(config).eval()
+            with case((option, value)):
+                if value in (None, 1.0):
+                    close(grpo.response_logprobs(model, ids, mask, P), torch.stack(naive_logprobs(model, ids, mask, P)))
+                else:
+                    with pytest.raises(ValueError, match=f"{option} = {value}"):
+                        grpo.response_logprobs(model, ids, mask, P)
 
 
 def test_a_model_that_multiplies_its_logits_under_another_name_is_scored_right_or_refused():
@@ -438,17 +457,7 @@ def test_a_model_that_multiplies_its_logits_under_another_name_is_scored_right_o
             result = grpo.response_logprobs(model, ids, mask, P)
         except ValueError:
             return
-    torch.testing.assert_close(result, expected, atol=2e-4, rtol=1e-4)
-
-
-def test_a_head_with_a_bias_is_scored_with_it():
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(PhiConfig(vocab_size=61, **SIZES)).eval()
-    with torch.no_grad():
-        model.lm_head.bias.normal_(0, 3)
-        ids, mask, P = ragged_batch([4, 4], [3, 3])
-        torch.testing.assert_close(grpo.response_logprobs(model, ids, mask, P),
-                                   torch.stack(naive_logprobs(model, ids, mask, P)), atol=2e-4, rtol=1e-4)
+    close(result, expected)
 
 
 # ---- token_weights, grpo_loss
@@ -462,17 +471,17 @@ def test_token_weights_are_one_over_questions_times_tokens_of_the_group():
 LENGTHS = [5, 1, 3, 2, 7, 4, 1, 1, 6]                                           # three questions of three responses
 
 
-@pytest.mark.parametrize("eps, kl_coef, nll_coef", [(0.2, 0.0, 0.0), (0.2, 0.7, 0.0), (0.1, 0.0, 0.4), (0.3, 0.5, 0.2)])
-def test_loss_and_metrics_equal_eq_1_as_plain_loops(eps, kl_coef, nll_coef):
-    logprobs, old, ref, advantages, mask, correct = random_batch(LENGTHS)
-    expected = loop_loss(logprobs, old, ref, advantages, mask, correct, 3, eps, kl_coef, nll_coef)
-    loss, metrics = grpo.grpo_loss(logprobs.requires_grad_(), old, advantages, mask, 3, eps, ref, kl_coef, nll_coef,
-                                   correct)
-    assert expected["clip_share"] > 0.1 and sorted(metrics) == ["clip_share", "kl", "loss", "nll"]
-    assert loss.item() == pytest.approx(expected["loss"], rel=1e-6)
-    for name, value in metrics.items():
-        assert value.item() == pytest.approx(expected[name], rel=1e-6), name
-        assert value.shape == () and not value.requires_grad
+def test_loss_and_metrics_equal_eq_1_as_plain_loops():
+    with cases() as case:
+        for eps, kl, nll in ((0.2, 0.0, 0.0), (0.2, 0.7, 0.0), (0.1, 0.0, 0.4), (0.3, 0.5, 0.2)):
+            logprobs, old, ref, advantages, mask, correct = random_batch(LENGTHS)
+            expected = loop_loss(logprobs, old, ref, advantages, mask, correct, 3, eps, kl, nll)
+            logprobs.requires_grad_()
+            with case(f"clip {eps}, KL {kl}, NLL {nll}"):
+                loss, metrics = grpo.grpo_loss(logprobs, old, advantages, mask, 3, eps, ref, kl, nll, correct)
+                assert expected["clip_share"] > 0.1 and loss.item() == pytest.approx(expected["loss"], rel=1e-6)
+                assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected, rel=1e-6)
+                assert all(value.shape == () and not value.requires_grad for value in metrics.values())
 
 
 def test_gradient_equals_finite_differences_of_the_plain_loops():
@@ -504,20 +513,27 @@ def test_on_policy_loss_is_minus_the_token_mean_of_the_advantages_with_full_grad
     torch.testing.assert_close(logprobs.grad, torch.tensor([[-1 / 3, -1 / 3], [1 / 3, 0.0]]))
 
 
-@pytest.mark.parametrize("ratio, advantage, gradient, stopped", [
-    (0.5, 1.0, -0.5, 0), (0.5, -1.0, 0.0, 1), (1.0, 1.0, -1.0, 0), (1.0, -1.0, 1.0, 0), (1.5, 1.0, 0.0, 1),
-    (1.5, -1.0, 1.5, 0), (0.5, 0.0, 0.0, 0), (1.5, 0.0, 0.0, 0)])
-def test_the_gradient_is_minus_ratio_times_advantage_and_exactly_zero_where_ppo_stops(ratio, advantage, gradient,
-                                                                                      stopped):
-    logprobs = torch.tensor([[math.log(ratio) - 1.0]], dtype=torch.float64, requires_grad=True)
-    old, A = torch.tensor([[-1.0]], dtype=torch.float64), torch.tensor([[advantage]], dtype=torch.float64)
-    loss, metrics = grpo.grpo_loss(logprobs, old, A, torch.ones(1, 1), 1)
+def test_the_gradient_is_minus_ratio_times_advantage_and_exactly_zero_where_ppo_stops():
+    with cases() as case:
+        for ratio, advantage, gradient, stopped in (
+                (0.5, 1.0, -0.5, 0), (0.5, -1.0, 0.0, 1), (1.0, 1.0, -1.0, 0), (1.0, -1.0, 1.0, 0),
+                (1.5, 1.0, 0.0, 1), (1.5, -1.0, 1.5, 0), (0.5, 0.0, 0.0, 0), (1.5, 0.0, 0.0, 0)):
+            logprobs = torch.tensor([[math.log(ratio) - 1.0]], dtype=torch.float64, requires_grad=True)
+            old, A = torch.tensor([[-1.0]], dtype=torch.float64), torch.tensor([[advantage]], dtype=torch.float64)
+            with case(f"ratio {ratio}, advantage {advantage}"):
+                loss, metrics = grpo.grpo_loss(logprobs, old, A, torch.ones(1, 1), 1)
+                loss.backward()
+                assert metrics["clip_share"] == stopped
+                assert logprobs.grad.item() == (pytest.approx(gradient) if gradient else 0)
+
+
+def test_a_ratio_that_would_overflow_has_the_gradient_of_the_clip_not_nan():
+    logprobs = torch.tensor([[0.0], [0.0]], requires_grad=True)
+    loss, _ = grpo.grpo_loss(logprobs, torch.tensor([[-100.0], [0.0]]), torch.tensor([[1.0], [-1.0]]),
+                             torch.ones(2, 1), 2)
     loss.backward()
-    assert metrics["clip_share"] == stopped
-    if gradient == 0:
-        assert logprobs.grad.item() == 0
-    else:
-        assert logprobs.grad.item() == pytest.approx(gradient)
+    assert loss.item() == pytest.approx(-(1.2 - 1) / 2)                         # clip(e^100) = 1.2, over 2 tokens
+    assert logprobs.grad.tolist() == [[0.0], [0.5]]
 
 
 def test_kl_is_the_k3_estimate_by_hand_and_pulls_towards_the_reference():
@@ -556,22 +572,23 @@ def test_metrics_by_hand_on_two_questions():
     assert metrics["loss"].item() == pytest.approx(-((1.2 + 1 - 0.8) / 3 + (-2 + 1.1) / 2) / 2)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 9])
-def test_any_rows_in_any_order_add_up_to_the_whole_batch_with_token_weights(size):
+def test_any_rows_in_any_order_add_up_to_the_whole_batch_with_token_weights():
     logprobs, old, ref, advantages, mask, correct = random_batch(LENGTHS)
-    order = torch.randperm(9, generator=torch.Generator().manual_seed(size))
-    whole, parts = logprobs.clone().requires_grad_(), logprobs.clone().requires_grad_()
+    whole = logprobs.clone().requires_grad_()
     loss, metrics = grpo.grpo_loss(whole, old, advantages, mask, 3, 0.2, ref, 0.3, 0.5, correct)
     loss.backward()
     weights = grpo.token_weights(mask, 3)
-    totals = dict.fromkeys(metrics, 0.0)
-    for rows in order.split(size):
-        part, part_metrics = grpo.grpo_loss(parts[rows], old[rows], advantages[rows], mask[rows], 3, 0.2, ref[rows],
-                                            0.3, 0.5, correct[rows], weights[rows])
-        part.backward()
-        totals = {name: totals[name] + part_metrics[name] for name in totals}
-    torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(totals, metrics, rtol=1e-6, atol=1e-9)
+    with cases() as case:
+        for size in (1, 2, 3, 4, 9):
+            parts, totals = logprobs.clone().requires_grad_(), dict.fromkeys(metrics, 0.0)
+            with case(f"{size} rows at a time"):
+                for rows in torch.randperm(9, generator=torch.Generator().manual_seed(size)).split(size):
+                    part, part_metrics = grpo.grpo_loss(parts[rows], old[rows], advantages[rows], mask[rows], 3, 0.2,
+                                                        ref[rows], 0.3, 0.5, correct[rows], weights[rows])
+                    part.backward()
+                    totals = {name: totals[name] + part_metrics[name] for name in totals}
+                torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-6, atol=1e-9)
+                torch.testing.assert_close(totals, metrics, rtol=1e-6, atol=1e-9)
 
 
 def test_whole_groups_without_weights_average_to_the_batch_by_their_number_of_questions():
@@ -585,23 +602,26 @@ def test_whole_groups_without_weights_average_to_the_batch_by_their_number_of_qu
     torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
-@pytest.mark.parametrize("where", range(4))
-def test_garbage_on_padding_leaks_into_neither_loss_nor_gradient(garbage, where):
-    tensors = list(random_batch(LENGTHS))                                       # logprobs, old, ref, advantages
-    mask, correct = tensors.pop(4), tensors.pop(4)
-    results = []
-    for dirty in (False, True):
-        values = [x.clone() for x in tensors]
-        if dirty:
-            values[where][~mask] = garbage
-        leaf = values[0].requires_grad_()
-        loss, metrics = grpo.grpo_loss(leaf, values[1], values[3], mask, 3, 0.2, values[2], 0.3, 0.5, correct)
+def test_garbage_on_padding_leaks_into_neither_loss_nor_gradient():
+    names = "logprobs", "old_logprobs", "ref_logprobs", "advantages"
+    *tensors, mask, correct = random_batch(LENGTHS)
+
+    def result(dirty=None, garbage=0.0):
+        values = {name: x.masked_fill(~mask, garbage) if name == dirty else x for name, x in zip(names, tensors)}
+        leaf = values.pop("logprobs").clone().requires_grad_()
+        loss, metrics = grpo.grpo_loss(leaf, **values, mask=mask, group_size=3, kl_coef=0.3, nll_coef=0.5,
+                                       correct=correct)
         loss.backward()
-        results.append((loss.detach(), leaf.grad, metrics))
-    (clean, clean_grad, clean_metrics), (loss, grad, metrics) = results
-    assert loss == clean and grad.equal(clean_grad) and metrics == clean_metrics
-    assert (grad[~mask] == 0).all()
+        return loss.detach(), leaf.grad, metrics
+
+    clean, clean_grad, clean_metrics = result()
+    with cases() as case:
+        for name in names:
+            for garbage in (math.nan, math.inf, -math.inf, 1e30):
+                with case(f"{garbage} in {name}"):
+                    loss, grad, metrics = result(name, garbage)
+                    assert loss == clean and grad.equal(clean_grad) and metrics == clean_metrics
+                    assert (grad[~mask] == 0).all()
 
 
 def test_an_empty_response_or_a_wholly_empty_group_stays_finite():
@@ -624,21 +644,17 @@ def test_a_row_count_that_is_no_multiple_of_the_group_size_is_refused_without_we
     assert grpo.grpo_loss(x, x, x, mask, 2, weights=torch.ones(5))[0] == 0
 
 
-@pytest.mark.parametrize("name", ["old_logprobs", "advantages", "mask", "ref_logprobs"])
-def test_a_tensor_of_another_shape_is_refused_by_name(name):
-    arguments = dict.fromkeys(["old_logprobs", "advantages", "mask", "ref_logprobs"], torch.zeros(2, 3))
-    for wrong in (torch.zeros(2, 4), torch.zeros(2, 1), torch.zeros(3), torch.zeros(1, 3)):     # also broadcastable
-        with pytest.raises(ValueError, match=name):
-            grpo.grpo_loss(torch.zeros(2, 3), group_size=2, **{**arguments, name: wrong})
+def test_a_tensor_of_another_shape_is_refused_by_name():
+    def arguments():
+        return dict.fromkeys(("old_logprobs", "advantages", "mask", "ref_logprobs"), torch.zeros(2, 3))
 
-
-@pytest.mark.parametrize("name, wrong", [
-    ("correct", torch.ones(2, 3)), ("correct", torch.ones(1)), ("correct", torch.ones(2, 1)),
-    ("weights", torch.ones(2, 1)), ("weights", torch.ones(1)), ("weights", torch.ones(2, 3))])
-def test_correct_or_weights_of_another_shape_are_refused_by_name(name, wrong):
-    x = torch.zeros(2, 3)
-    with pytest.raises(ValueError, match=name):
-        grpo.grpo_loss(x, x, x, torch.ones(2, 3), 2, **{name: wrong})
+    with cases() as case:
+        for names, shapes in ((arguments(), ((2, 4), (2, 1), (3,), (1, 3))),                   # also broadcastable
+                              (("correct", "weights"), ((2, 3), (1,), (2, 1)))):
+            for name in names:
+                for shape in shapes:
+                    with case(f"{name} {shape}"), pytest.raises(ValueError, match=name):
+                        grpo.grpo_loss(torch.zeros(2, 3), group_size=2, **arguments() | {name: torch.ones(shape)})
 
 
 def test_a_coefficient_without_its_argument_is_refused():
@@ -663,18 +679,3 @@ def test_likelihood_change_without_a_correct_response_is_refused():
     x = torch.zeros(2, 3)
     with pytest.raises(ValueError, match="at least one correct"):
         grpo.likelihood_change(x, x, torch.ones(2, 3), torch.tensor([False, False]))
-
-
-def test_a_ratio_that_would_overflow_has_the_gradient_of_the_clip_not_nan():
-    logprobs = torch.tensor([[0.0], [0.0]], requires_grad=True)
-    loss, _ = grpo.grpo_loss(logprobs, torch.tensor([[-100.0], [0.0]]), torch.tensor([[1.0], [-1.0]]),
-                             torch.ones(2, 1), 2)
-    loss.backward()
-    assert loss.item() == pytest.approx(-(1.2 - 1) / 2)                         # clip(e^100) = 1.2, over 2 tokens
-    assert logprobs.grad.tolist() == [[0.0], [0.5]]
-
-
-@pytest.mark.parametrize("selected, mask, correct", [(torch.tensor([[1, 0, 0]]), torch.ones(1, 3), torch.zeros(1))])
-def test_random_selection_takes_zeros_and_ones_like_its_neighbours(selected, mask, correct):
-    chosen = grpo.random_selection(selected, mask, correct, torch.Generator().manual_seed(0))
-    assert chosen.dtype == torch.bool and chosen.sum() == 1
