@@ -1,8 +1,12 @@
 """Hostile answers and responses: what a model could write must not slow reward.py down, break or deceive it."""
 
+import os
 import random
+import subprocess
+import sys
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
@@ -13,8 +17,8 @@ from test_reward import ANSWERS
 FRAGMENTS = sorted([  # all that the parser knows, and what it does not; sorted, as some of it comes from sets
     *"0123456789+-*/^_(){}[]|,.=<>!xyzeinfg'& \"~$%;:\\\n\t\r\0\1\2", *map(chr, reward.UNICODE),
     *(text for pair in reward.REWRITES for text in pair), *reward.DROPPED, *reward.FUNCTIONS, *reward.LETTERS,
-    *reward.RELATIONS, *reward.UNITS, *reward.PLAIN, *reward.CLOSERS, *("\\" + name for name in reward.ALIASES),
-    *("\\" + name + "{" for name in reward.TEXT), "\\rfloor", "\\rceil", "{1\\over ", "{5\\choose ", "\\frac",
+    *reward.RELATIONS, *reward.UNITS, *reward.PLAIN, *reward.CLOSERS, *reward.ALIASES,
+    *(name.lstrip("\\") for name in reward.DROPPED), *(name + "{" for name in reward.TEXT), "\\rfloor", "\\rceil", "{1\\over ", "{5\\choose ", "\\frac",
     "\\frac12", "\\frac{1}{", "\\sqrt", "\\sqrt[3]{", "\\sqrt[", "\\binom", "\\binom{800}{400}", "\\pm", "\\cup", "\\{",
     "\\}", "\\\\", "^{", "_{", "\\left(", "\\right)", "\\left|", "\\boxed{", "\\fbox", "\\begin{pmatrix}1&2",
     "\\end{pmatrix}", "\\begin{array}{cc}", "\\begin{vmatrix}", "\\\\[4pt]", "\\log_", "\\sin^2 ", "\\tan^{-1}",
@@ -85,6 +89,18 @@ def test_mutated_strings_raise_nothing_take_no_time_and_compare_symmetrically(se
         equal += result
     assert failures == []
     assert 0.02 < equal / (count // 2) < 0.5                                   # both happen
+
+
+def test_verdicts_do_not_depend_on_the_order_of_sets():
+    """An answer gets the same verdict in every process, whatever the seed of Python's hashes."""
+    rng = random.Random("hash seeds")
+    pairs = [(r"\tex\mathrm{t{Yes}", r"\text{Yes}"), *((text, mutated(rng, text)) for text in rng.sample(ANSWERS, 300))]
+    code = ("import ast, sys; from reward import is_equivalent; "
+            "print([is_equivalent(*pair) for pair in ast.literal_eval(sys.stdin.read())])")
+    verdicts = [subprocess.run([sys.executable, "-c", code], input=ascii(pairs), text=True, capture_output=True,
+                               check=True, cwd=Path(reward.__file__).parent,
+                               env={**os.environ, "PYTHONHASHSEED": str(seed)}).stdout for seed in range(4)]
+    assert verdicts == verdicts[:1] * 4
 
 
 def test_what_leaves_no_tokens_is_still_equal_to_itself_and_to_nothing_else():
