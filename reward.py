@@ -12,8 +12,9 @@ Refused: rounded decimals, 50\% for 0.5, a tuple for a list, 12_5 for 12, a repe
 infinity, a longer text that contains the answer.
 Limits: answers of over MAX_CHARS characters, MAX_DEPTH levels, MAX_STEPS atoms or numbers over MAX_BITS bits are
 compared as text. Lists of over MAX_UNORDERED elements or MAX_LEAVES parts are compared in order. A box of over MAX_BOX
-characters is not read. \log has base 10, 1/2x is (1/2)x, up to three letters are a product, any plural after a number
-is a unit, and (y,x)=(2,4) names (2,4).
+characters is not read.
+Readings: \log has base 10, 1/2x is (1/2)x, up to three letters are a product, any plural after a number is a unit,
+and (y,x)=(2,4) names (2,4).
 """
 
 import cmath
@@ -333,8 +334,7 @@ class _Parser:
     def product(self):
         value = self.operand()
         while (mark := self.accept("*", "/")) or self.at_factor():
-            right = self.operand()
-            value = _divide(value, right) if mark == "/" else _checked(value * right)
+            value = _divide(value, self.operand()) if mark == "/" else _checked(value * self.operand())
         return value
 
     def at_factor(self):
@@ -359,9 +359,7 @@ class _Parser:
             if mark == "!":
                 value = _checked(_factorial(value))
             else:
-                is_minus = self.accept("+", "-") == "-"
-                exponent = self.atom()
-                value = self.power(value, -exponent if is_minus else exponent)
+                value = self.power(value, -self.atom() if self.accept("+", "-") == "-" else self.atom())
             if self.token == mark:
                 raise ValueError("double power or factorial")
         return -value if negative else value
