@@ -45,7 +45,8 @@ def download(name, url, sha256):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(part), hash_prefix=sha256)
-            read_rows(part)                                                    # a cut connection raises nothing
+            if not read_rows(part):                                            # a cut connection raises nothing
+                raise OSError("the file is empty")
             part.replace(path)
         except (OSError, HTTPException, RuntimeError, SystemExit) as error:
             fail(f"{name} is downloaded once, which failed ({str(error).removeprefix('error: ')}): try again, or put "
@@ -102,8 +103,9 @@ def load_problems(source, named=TRAINING_SETS):
         problem = row.get("problem") or row.get("question")
         if not isinstance(problem, str) or not problem.strip():
             fail(f"{path}, {place}: expected text in `problem` or `question`")
+        solution = row.get("solution")
         answer = (answer_text(row.get("answer")) or answer_text(row.get("final_answer"))
-                  or extract_answer(row.get("solution")))
+                  or extract_answer("\n".join(map(str, solution)) if isinstance(solution, list) else solution))
         if not answer:
             fail(f"{path}, {place}: expected an `answer`, a `final_answer`, or a `solution` with a \\boxed answer")
         if source != "math" or row.get("level") in ("Level 3", "Level 4", "Level 5"):
