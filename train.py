@@ -252,7 +252,7 @@ def train(args):
     """`train_step` by `train_step`, with evaluations, logs and checkpoints in between; --resume from a checkpoint."""
     out, checkpoint = Path(args.out), next(iter(checkpoints(args.out)), None) if args.resume else None
     run = load_run(args, checkpoint)
-    progress, stop, stopping = run.progress, StopSignal(resume_command(args)), 0
+    progress, stop = run.progress, StopSignal(resume_command(args))
     replace_text(out / "config.json", json.dumps(recordable_flags(args), indent=1))
     for log in ("metrics.jsonl", "samples.jsonl"):
         cut_log(out / log, progress.step if checkpoint else -1)
@@ -265,14 +265,16 @@ def train(args):
 
     if not checkpoint:
         log_and_save(0, evaluate(run, args, 0), save=True)
+    stopping = stop.number                                                     # read once a step: saved is what it says
     with tqdm(initial=progress.step, total=args.steps, desc=args.method) as bar:
         while progress.step < args.steps and progress.nonfinite < 3 and not stopping:
             step = progress.step + 1
             metrics = train_step(run, args, step)
-            last, stopping = step == args.steps or progress.nonfinite == 3, stop.number
+            last = step == args.steps or progress.nonfinite == 3
             if last or (args.eval_every and step % args.eval_every == 0):
                 with metrics["seconds"]("evaluation"):
                     metrics |= evaluate(run, args, step)
+            stopping = stop.number
             log_and_save(step, {**metrics, "peak_memory_gib": peak_memory()},
                          save=last or stopping or (args.save_every and step % args.save_every == 0))
             bar.set_postfix(success=f"{metrics['success_rate']:.2f}", groups=metrics["groups_kept"],
