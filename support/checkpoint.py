@@ -47,16 +47,19 @@ def lock_folder(out):
     """Hold the output folder, so that a second process that would write to it ends with one line.
 
     The lock ends with the process, however that dies. A folder in which nothing was written is not left behind."""
-    handle = None
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
-        if fcntl:
-            handle = os.open(out, os.O_RDONLY)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"another process is writing to {out}: wait until it has ended, or choose another --out")
+        handle = os.open(out, os.O_RDONLY) if fcntl else None
     except OSError as error:
         fail(f"--out {out} cannot be used as a folder: {error}")
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        fail(f"another process is writing to {out}: wait until it has ended, or choose another --out")
+    except OSError:                                                            # some network drives have no locks
+        pass
     try:
         yield
     finally:
@@ -140,7 +143,8 @@ def save_checkpoint(out, model, tokenizer, optimizer, progress, keep):
             tokenizer.save_pretrained(temporary)
             rng = {"cpu": torch.get_rng_state(),
                    "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []}
-            torch.save({"optimizer": optimizer.state_dict(), "rng": rng}, temporary / "trainer.pt")
+            with open(temporary / "trainer.pt", "wb") as file:                 # its error says what is wrong, torch's not
+                torch.save({"optimizer": optimizer.state_dict(), "rng": rng}, file)
             (temporary / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
             for path in [*temporary.rglob("*"), temporary]:
                 sync(path)
@@ -164,13 +168,15 @@ def read_progress(checkpoint):
 
 def load_progress(checkpoint, optimizer):
     """Load optimizer and RNG states of a checkpoint, into `optimizer` and torch. Returns its `Progress`."""
+    path = checkpoint / "trainer.pt"
     try:
-        saved = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["rng"]["cpu"])
         if torch.cuda.is_initialized() and len(saved["rng"]["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
+        path = checkpoint / "progress.json"
         return read_progress(checkpoint)
     except Exception as error:                                                 # whatever a stranger's file can raise
-        fail(f"{checkpoint} cannot be continued ({' '.join(str(error).split())[:200]}): start a new run with --model "
-             f"{checkpoint}")
+        fail(f"{path} cannot be used ({' '.join(str(error).split())[:200]}): move {checkpoint} away to --resume from "
+             f"an older one, or start a new run with --model {checkpoint}")
