@@ -188,8 +188,9 @@ def check_flags(args):
             ("clip_eps max_grad_norm", "above 0", lambda value: value > 0),
             ("beta", "a real number or -inf", lambda value: value < math.inf)):
         for name in names.split():
-            if not valid(getattr(args, name)):
-                fail(f"--{name.replace('_', '-')} must be {expected}, got {getattr(args, name)}")
+            value = getattr(args, name)
+            if not isinstance(value, (int, float)) or not valid(value):        # a config.json may hold any type
+                fail(f"--{name.replace('_', '-')} must be {expected}, got {value}")
     if args.batch_size % args.minibatch_size:
         fail(f"--batch-size {args.batch_size} must be a multiple of --minibatch-size {args.minibatch_size}")
     args.device = choose_device(args.device)

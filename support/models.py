@@ -28,8 +28,8 @@ def choose_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=name).item()                                     # "meta" makes tensors without values
+    except (RuntimeError, AssertionError, ImportError) as error:
         fail(f"--device {name} cannot be used: {str(error).splitlines()[0][:200]}")
     return name
 

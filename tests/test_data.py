@@ -165,7 +165,7 @@ def test_a_file_that_is_not_there_and_a_misspelt_name_are_named_with_the_names_t
 
 @pytest.fixture
 def served(tmp_path, monkeypatch):
-    """{data set: the file that its URL leads to}, with SOURCES in them and their hashes. torch.hub's folder is empty."""
+    """{data set: the file that its URL leads to}, with SOURCES in them and the hashes. torch.hub's folder is empty."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     files = {}
     for name, (rows, _) in SOURCES.items():
@@ -388,7 +388,7 @@ def test_a_tokenizer_that_makes_no_tokens_is_refused():
     assert "the tokenizer of nothing makes no tokens" in message
 
 
-# ----------------------------------------------------------------------------------------------- 5. the user's functions
+# ---------------------------------------------------------------------------------------------- 5. the user's functions
 
 def test_the_reward_is_one_or_nothing_whatever_a_users_function_returns(tmp_path):
     file = write(tmp_path / "mine.py", "def right(response, answer):\n    return eval(response) if answer else None\n")
