@@ -122,11 +122,10 @@ def _number(text, start, in_brackets):
     r"""Read 12, 1,000, 1 000, .5, 0.\overline{3} or 5.3e-9; return its exact value and its end."""
     end = _run_end(text, start, DIGITS)
     digits, mark = text[start:end], text[end]
-    may_group = mark == " " or mark == "," and text[start - 1] != "," and not in_brackets
-    if may_group and len(digits) < 4 and digits[:1] > "0" and _run_end(text, end + 1, DIGITS) == end + 4:
-        groups = text[start:_run_end(text, start, DIGITS + mark)].rstrip(mark).split(mark)
-        if all(len(group) == 3 for group in groups[1:]):
-            digits, end = "".join(groups), start + len(mark.join(groups))
+    may_group = (mark == " " or mark == "," and text[start - 1] != "," and not in_brackets) and digits[:1] > "0"
+    groups = text[start:_run_end(text, start, DIGITS + mark)].rstrip(mark).split(mark)
+    if may_group and len(digits) < 4 and all(len(group) == 3 for group in groups[1:]):
+        digits, end = "".join(groups), start + len(mark.join(groups))
     point, end = end, _run_end(text, end + 1, DIGITS) if text[end] == "." else end
     decimals = text[point + 1:end]
     value = Fraction(int(digits + decimals or "0"), 10 ** len(decimals))

@@ -18,10 +18,11 @@ FRAGMENTS = sorted([  # all that the parser knows, and what it does not; sorted,
     *"0123456789+-*/^_(){}[]|,.=<>!xyzeinfg'& \"~$%;:\\\n\t\r\0\1\2", *map(chr, reward.UNICODE),
     *(text for pair in reward.REWRITES for text in pair), *reward.DROPPED, *reward.FUNCTIONS, *reward.LETTERS,
     *reward.RELATIONS, *reward.UNITS, *reward.PLAIN, *reward.CLOSERS, *reward.ALIASES,
-    *(name.lstrip("\\") for name in reward.DROPPED), *(name + "{" for name in reward.TEXT), "\\rfloor", "\\rceil", "{1\\over ", "{5\\choose ", "\\frac",
-    "\\frac12", "\\frac{1}{", "\\sqrt", "\\sqrt[3]{", "\\sqrt[", "\\binom", "\\binom{800}{400}", "\\pm", "\\cup", "\\{",
-    "\\}", "\\\\", "^{", "_{", "\\left(", "\\right)", "\\left|", "\\boxed{", "\\fbox", "\\begin{pmatrix}1&2",
-    "\\end{pmatrix}", "\\begin{array}{cc}", "\\begin{vmatrix}", "\\\\[4pt]", "\\log_", "\\sin^2 ", "\\tan^{-1}",
+    *(name.lstrip("\\") for name in reward.DROPPED), *(name + "{" for name in reward.TEXT), "\\rfloor", "\\rceil",
+    "{1\\over ", "{5\\choose ", "\\frac", "\\frac12", "\\frac{1}{", "\\sqrt", "\\sqrt[3]{", "\\sqrt[", "\\binom",
+    "\\binom{800}{400}", "\\pm", "\\cup", "\\{", "\\}", "\\\\", "^{", "_{", "\\left(", "\\right)", "\\left|", "\\boxed{",
+    "\\fbox", "\\begin{pmatrix}1&2", "\\end{pmatrix}", "\\begin{array}{cc}", "\\begin{vmatrix}", "\\\\[4pt]", "\\log_",
+    "\\sin^2 ", "\\tan^{-1}",
     "x \\in ", "f(x)=", "(-\\infty,2]", "0.\\overline{3}", "0.\\overline{", "\\overline{", "x_{12}", "12_5",
     "1,000", "1 000", "100,200", "3 1/2", "1\\frac12", " and ", " or ", "(C)", "III", "10:30", "miles per hour",
     "9" * 1000, "9" * 4400, "9^{9^9}", "2^{2000}", "899!", "1e999", "1e-999", "10^{400}", "10^{-320}", "0^0", "1/0",
@@ -168,6 +169,11 @@ def test_a_box_is_read_up_to_its_limit_and_texts_beyond_the_parser_are_compared_
 
 def test_an_answer_of_more_than_the_most_steps_is_not_computed():
     assert is_equivalent("ii " * (reward.MAX_STEPS // 2), "1") and not is_equivalent("ii " * 300, "1")   # i^600 = 1
+
+
+def test_an_answer_of_more_than_the_most_levels_is_not_computed():
+    for depth, computed in ((reward.MAX_DEPTH - 1, True), (reward.MAX_DEPTH, False)):                # and 5 is one more
+        assert is_equivalent("{" * depth + "5" + "}" * depth, "5") is computed, depth
 
 
 def test_sets_of_pairs_still_have_no_order():
