@@ -131,9 +131,8 @@ def token_advantages(model, rollout, correct, args, step):
 
 def policy_logprobs(model, rollout, rows, args):
     """`response_logprobs` of these rows in one forward pass: (b, t), t the longest of these responses."""
-    ids, attention_mask, prompt_length = rollout.inputs(rows)
     with precision(args.device, args.dtype):
-        return response_logprobs(model, ids, attention_mask, prompt_length, args.temperature)
+        return response_logprobs(model, *rollout.inputs(rows), args.temperature)
 
 
 def update(run, rollout, correct, advantages, args, timer):
@@ -192,8 +191,7 @@ def step_likelihood_change(model, rollout, correct, old, args):
     """Δ(x) of Eq. 2 for each kept question, in nats: {"delta_mean", "delta_nonpositive_share"}.
 
     Here θ' is the policy after the whole step, all questions together; §4 updates on one question alone."""
-    new = old.clone()
-    right = correct.flatten().nonzero()[:, 0]                                  # only the correct responses matter
+    new, right = old.clone(), correct.flatten().nonzero()[:, 0]                # only the correct responses matter
     for rows in micro_batches(rollout, right, args.micro_batch_tokens, args.micro_batch_size):
         logprobs = policy_logprobs(model, rollout, rows, args)
         new[rows, :logprobs.shape[1]] = logprobs
@@ -265,7 +263,7 @@ def train(args):
 
     if not checkpoint:
         log_and_save(0, evaluate(run, args, 0), save=True)
-    stopping = stop.number                                                     # read once a step: saved is what it says
+    stopping = stop.number                                                     # read once a step
     with tqdm(initial=progress.step, total=args.steps, desc=args.method) as bar:
         while progress.step < args.steps and progress.nonfinite < 3 and not stopping:
             step = progress.step + 1
