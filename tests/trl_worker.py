@@ -19,6 +19,8 @@ import trl_nthr  # noqa: E402
 from trl_nthr import TINY, NTHRTrainer  # noqa: E402
 
 ROWS = 24
+CHECKPOINTING = ("activation_checkpointing" if hasattr(GRPOConfig, "activation_checkpointing")
+                 else "gradient_checkpointing")                                # renamed in transformers 5.24
 CASES = {   # name: (G, per_device_train_batch_size of each of two processes, how the model is sharded)
     "inside": (4, 12, None), "across": (8, 12, None), "accumulated": (8, 4, None), "fsdp2": (8, 12, 2),
     "fsdp1": (8, 12, 1)}
@@ -44,7 +46,7 @@ def config(folder, **options):
     """Small, quiet and without a network."""
     return GRPOConfig(**{
         "output_dir": str(folder), "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no",
-        "disable_tqdm": True, "dataloader_pin_memory": False, "gradient_checkpointing": False, "num_generations": 4,
+        "disable_tqdm": True, "dataloader_pin_memory": False, CHECKPOINTING: False, "num_generations": 4,
         "per_device_train_batch_size": 12, "max_completion_length": 40, "shuffle_dataset": False, "logging_steps": 1,
         "max_steps": 1, "learning_rate": 1e-3, "lr_scheduler_type": "constant", **options})
 
