@@ -143,7 +143,7 @@ def save_checkpoint(out, model, tokenizer, optimizer, progress, keep):
             tokenizer.save_pretrained(temporary)
             rng = {"cpu": torch.get_rng_state(),
                    "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []}
-            with open(temporary / "trainer.pt", "wb") as file:                 # its error says what is wrong, torch's not
+            with open(temporary / "trainer.pt", "wb") as file:                 # its errors are clearer than torch's
                 torch.save({"optimizer": optimizer.state_dict(), "rng": rng}, file)
             (temporary / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
             for path in [*temporary.rglob("*"), temporary]:

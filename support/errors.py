@@ -5,7 +5,7 @@ from contextlib import contextmanager
 LOWERS_MEMORY = {   # phase of a run: what to do when it runs out of memory
     "loading": "choose a smaller --model, or leave the reference model out with --kl-coef 0",
     "data_generation": "lower --max-sequences", "evaluation": "lower --max-sequences",
-    "nthr": "lower --max-sequences or, in a new run, --batch-size",
+    "nthr": "lower --batch-size or --max-new-tokens, in a new run",
     "old_probabilities": "lower --micro-batch-tokens", "reference": "lower --micro-batch-tokens",
     "model_update": "lower --micro-batch-tokens, with --gradient-checkpointing",
     "likelihood_change": "lower --micro-batch-tokens"}

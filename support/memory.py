@@ -61,7 +61,8 @@ def estimate_memory(config, args, prompt_length):
     """Bytes at the peak if every response took --max-new-tokens: ({part: bytes}, {phase: bytes})."""
     shape, trains, half = model_shape(config), not args.eval_only, args.dtype == "bfloat16"
     width, rows, weights = 2 if half else 4, args.batch_size * args.group_size, 4 * shape["parameters"]
-    kept_rows = rows * min(2, args.sampling_rounds) if trains and args.method not in READ_NO_STATES else 0
+    rollouts = 3 if args.sampling_rounds > 1 else 1                            # kept, of the last round, of this one
+    kept_rows = rows * rollouts if trains and args.method not in READ_NO_STATES else 0
     length = prompt_length + args.max_new_tokens
     tokens = min(args.minibatch_size * args.group_size * length, max(args.micro_batch_tokens, length))
     parts = {"weights": weights, "gradients": weights * trains, "AdamW": 2 * weights * trains,

@@ -174,7 +174,7 @@ def test_a_run_killed_in_the_middle_of_an_update_resumes_to_the_end_of_one_that_
 
 
 def die_between_the_renames(times):
-    """This process is killed when a new checkpoint is about to take its name for the so-manieth time."""
+    """This process is killed when checkpoint number `times` is about to take its name: 1 of step 0, 2 of 2, 3 of 4."""
     rename, calls = Path.rename, itertools.count(1)
 
     def watched(path, target):
@@ -187,7 +187,7 @@ def die_between_the_renames(times):
 
 def test_a_kill_between_the_two_renames_of_a_checkpoint_resumes_from_the_older_one(small, whole, processes, tmp_path):
     folder = tmp_path / "run"
-    code, _ = child_code(processes, tmp_path, [*small, "--out", folder], die_between_the_renames, 3)   # of steps 0, 2, 4
+    code, _ = child_code(processes, tmp_path, [*small, "--out", folder], die_between_the_renames, 3)
     assert code == -signal.SIGKILL
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-2", "checkpoint-0"]
     run_here("--resume", folder, *reward_of(small))
@@ -311,13 +311,14 @@ def test_a_kill_before_any_file_operation_of_saving_leaves_whole_checkpoints(sma
         newest += steps[:1] if operation else []
         if operation == operations:
             break
-    assert operations > 15 and newest == sorted(newest) and set(newest) == {2, 3}  # the old one, from a rename on the new
+    assert operations > 15 and newest == sorted(newest) and set(newest) == {2, 3}   # the old, then the new
 
 
 # ---------------------------------------------------------------------------------------------- 2. Ctrl-C and SIGTERM
 
 def test_a_signal_finishes_the_step_and_saves_it_and_a_second_one_ends_at_once(small, whole, processes, tmp_path):
-    for number, code, times, reached in ((CTRL_C, 130, 1, 3), (TERM, 143, 1, 3), (CTRL_C, 130, 2, 2), (TERM, 143, 2, 2)):
+    for number, times, code, reached in ((CTRL_C, 1, 130, 3), (TERM, 1, 143, 3), (CTRL_C, 2, 130, 2),
+                                         (TERM, 2, 143, 2)):
         case, folder = f"signal {number}, {times} times", tmp_path / f"{number}-{times}"
         ended, printed = child_code(processes, tmp_path, [*small, "--out", folder], send_at, "grpo", "grpo_loss", 3,
                                     number, times)
@@ -717,7 +718,7 @@ def infinite_gradient(loss):
 
 
 def break_loss(monkeypatch, broken):
-    """Pass the loss of each update in `broken`, {number from 1: function}, through its function. Returns the numbers."""
+    """Pass the loss of each update in `broken`, {number from 1: function}, through that. Returns the numbers so far."""
     original, calls = grpo.grpo_loss, []
 
     def loss(*args, **kwargs):
@@ -899,7 +900,7 @@ def test_memory_open_files_and_step_time_do_not_grow_in_a_long_run(tmp_path):
                      "transformers": transformers.__version__}}
     print(json.dumps(measured, indent=1))
     write(RESULTS / "soak.json", json.dumps(measured, indent=1) + "\n")
-    assert growth < 10 and files[0] == files[1] and 0.5 < measured["speed_drift"] < 2, measured
+    assert growth < 20 and files[0] == files[1] and 0.5 < measured["speed_drift"] < 2, measured
 
 
 # ---------------------------------------------------------------------------------------------------- 9. supply chain
