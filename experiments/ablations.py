@@ -35,8 +35,11 @@ from tqdm import tqdm
 
 import common
 import matplotlib
-import train
 from matplotlib import pyplot as plt
+from support.checkpoint import checkpoints
+from support.data import EMBEDDED, TINY
+from support.errors import fail, printable
+from support.flags import parse_args as parse_train_flags
 
 matplotlib.use("Agg")                                                          # files only, no window
 TRAIN = common.ROOT / "train.py"
@@ -56,8 +59,9 @@ TITLES = {
             "once, with the default ε", "kl": "KL penalty", "lr": "Learning rate", "group-size": "Group size G"}
 SHOWN = (("success_rate", 1, 100), ("delta_mean", 4, 1), ("delta_nonpositive_share", 1, 100),   # digits, factor
          ("selected_share", 2, 100), ("clip_share", 3, 100), ("seconds", 0, 1))
-HEADER = ("setting", "greedy accuracy ± standard error, %", "seeds", "difference, points [95% interval]", "compared with",
-          "success rate, last 10 steps, %", "Δ, nats", "Δ ≤ 0, %", "tokens selected, %", "tokens clipped, %", "seconds")
+HEADER = ("setting", "greedy accuracy ± standard error, %", "seeds", "difference, points [95% interval]",
+          "compared with", "success rate, last 10 steps, %", "Δ, nats", "Δ ≤ 0, %", "tokens selected, %",
+          "tokens clipped, %", "seconds")
 
 
 # ------------------------------------------------------------------------------------------- settings, tables, numbers
@@ -238,7 +242,7 @@ def is_finished(folder, steps):
     return last["step"] == steps and last.get("eval_accuracy") is not None
 
 
-def check_flags(folder, wanted):
+def has_config(folder, wanted):
     """Ends with one line if the folder holds a run with other flags. Returns whether it holds a run with a config."""
     try:
         recorded = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -246,14 +250,14 @@ def check_flags(folder, wanted):
         return False
     for name in sorted(set(wanted) - {"out", "resume", "seed", "eval_only"}):
         if str(recorded.get(name)) != str(wanted[name]):
-            train.fail(f"{folder} is a run with --{name.replace('_', '-')} {recorded.get(name)}, but {wanted[name]} is "
-                       f"asked for now: choose another --out, or delete that folder")
+            fail(f"{folder} is a run with --{name.replace('_', '-')} {recorded.get(name)}, but {wanted[name]} is "
+                 f"asked for now: choose another --out, or delete that folder")
     return True
 
 
-def start(folder, flags, environment):
+def start_run(folder, flags, environment):
     """train.py in the background: a new run, or the rest of one that has a checkpoint."""
-    resumed = train.checkpoints(folder) and (folder / "config.json").is_file()
+    resumed = checkpoints(folder) and (folder / "config.json").is_file()
     if folder.exists() and not resumed:
         shutil.rmtree(folder)                                                  # torn before its first checkpoint
     folder.mkdir(parents=True, exist_ok=True)
@@ -275,15 +279,15 @@ def run_all(waiting, total, steps, jobs, on_cpu):
             while waiting or running:
                 while waiting and len(running) < jobs:
                     folder, flags = waiting.pop(0)
-                    running[folder] = start(folder, flags, environment)
+                    running[folder] = start_run(folder, flags, environment)
                 for folder in [folder for folder, process in running.items() if process.poll() is not None]:
                     if running.pop(folder).returncode or not is_finished(folder, steps):
                         failed.append(folder)
                         log = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
-                        lines = map(train.printable, log.splitlines()[-3:])
+                        lines = map(printable, log.splitlines()[-3:])
                         tqdm.write("\n    ".join([f"{folder.name} failed:", *lines]))
                     else:
-                        for checkpoint in train.checkpoints(folder):           # gigabytes a run for a real model
+                        for checkpoint in checkpoints(folder):                 # gigabytes a run for a real model
                             shutil.rmtree(checkpoint)
                         bar.update()
                 time.sleep(0.1)
@@ -339,23 +343,23 @@ def parse_args(argv):
             setattr(args, name, value)
     for name in ("seeds", "jobs"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            train.fail(f"--{name} must be at least 1, got {getattr(args, name)}")
-    model = Path(args.model or train.TINY).resolve()
+            fail(f"--{name} must be at least 1, got {getattr(args, name)}")
+    model = Path(args.model or TINY).resolve()
     args.out = args.out or f"runs/ablations-{model.name}" + ("-quick" if args.quick else "")
     given = [f"--{name.replace('_', '-')}={getattr(args, name)}"
              for name in ("model", "data", "eval_data", "reward", "steps", "seed") if getattr(args, name) is not None]
-    return args, (SHORT if model in train.EMBEDDED else []) + given + rest
+    return args, (SHORT if model in EMBEDDED else []) + given + rest
 
 
 def main(argv=None):
     began = time.perf_counter()
     args, flags = parse_args(argv)
-    plain = train.parse_args([*flags, f"--out={args.out}"])                    # checked by train.py itself
+    plain = parse_train_flags(__doc__, [*flags, f"--out={args.out}"])          # checked as train.py does
     if plain.resume or plain.eval_only or any(flag.split("=")[0] == "--method" for flag in flags):
-        train.fail("--method and --resume are set for each run, and --eval-only trains none: leave them out")
+        fail("--method and --resume are set for each run, and --eval-only trains none: leave them out")
     if "clip" in args.tables and plain.batch_size % 4:
-        train.fail(f"the table clip takes up to 4 updates a step: --batch-size must be a multiple of 4, got "
-                   f"{plain.batch_size}")
+        fail(f"the table clip takes up to 4 updates a step: --batch-size must be a multiple of 4, got "
+             f"{plain.batch_size}")
     base = {name: getattr(plain, name) for name in SETTINGS}
     chosen = [settings for table in args.tables for _, settings in layout(base)[table]]
     chosen = [{**base, "method": "grpo"}, *filter(None, (baseline(settings, base) for settings in chosen)), *chosen]
@@ -365,10 +369,10 @@ def main(argv=None):
     for run, settings in runs.items():
         changed = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()
                    if name == "method" or value != base[name]]
-        wanted = vars(train.parse_args([*flags, *changed, f"--out={args.out}"]))
+        wanted = vars(parse_train_flags(__doc__, [*flags, *changed, f"--out={args.out}"]))
         for seed in seeds:
             folder = folder_of[run, seed]
-            if not (check_flags(folder, wanted) and is_finished(folder, plain.steps)):
+            if not (has_config(folder, wanted) and is_finished(folder, plain.steps)):
                 waiting.append((folder, [*flags, *changed, f"--seed={seed}"]))
     waiting.sort(key=lambda job: int(job[0].name.rpartition("seed")[2]))       # stable: each seed's runs together
     on_cpu = plain.device == "cpu"
@@ -383,17 +387,18 @@ def main(argv=None):
     made, seconds = tables(results), [row["seconds"] for row in results]
     text = to_markdown(made)
     record = {**common.provenance(args, time.perf_counter() - began), "jobs": jobs, "runs": len(folder_of),
-              "runs_made": len(waiting) - len(failed), "seconds_of_all_runs": sum(filter(None, seconds)), "tables": made}
+              "runs_made": len(waiting) - len(failed), "seconds_of_all_runs": sum(filter(None, seconds)),
+              "tables": made}
     common.write_json(out / "results.json", record)
     (out / "tables.md").write_text(
         f"`{record['command']}`: {len(folder_of)} runs, seeds {seeds[0]} to {seeds[-1]}, {jobs} at a time"
-        f"{' with one thread each' if on_cpu else ''}, together {record['seconds_of_all_runs'] / 60:.0f} minutes of runs, "
-        f"{record['machine']}, torch {record['torch']}\n\n{text}", encoding="utf-8")
+        f"{' with one thread each' if on_cpu else ''}, together {record['seconds_of_all_runs'] / 60:.0f} minutes of "
+        f"runs, {record['machine']}, torch {record['torch']}\n\n{text}", encoding="utf-8")
     plot(made, out / "ablations.png")
     print(f"{text}\nwritten to {out}: results.csv, results.json, tables.md, ablations.png")
     if failed:
-        train.fail(f"{len(failed)} of {len(folder_of)} runs failed (see log.txt in their folders): "
-                   f"{' '.join(sorted(folder.name for folder in failed))}; run the same command again to retry them")
+        fail(f"{len(failed)} of {len(folder_of)} runs failed (see log.txt in their folders): "
+             f"{' '.join(sorted(folder.name for folder in failed))}; run the same command again to retry them")
 
 
 if __name__ == "__main__":

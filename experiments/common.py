@@ -14,12 +14,16 @@ import torch
 import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))                                                  # the top-level modules
 
-import train  # noqa: E402
 from rollout import Rollout, generate  # noqa: E402
+from support.data import EMBEDDED, TINY, encode_prompts, load_problems, load_reward, step_seed  # noqa: E402
+from support.errors import fail  # noqa: E402
+from support.flags import flag_adder, model_defaults  # noqa: E402
+from support.models import choose_device, load_model, load_pretrained  # noqa: E402
 
 SMALL = 1e8        # parameters: models of up to so many are studied in float64
 
@@ -37,8 +41,8 @@ class Group:
 def build_parser(doc, script, questions, eta):
     """The flags of an experiment that scores groups of responses from one model; `questions`: (embedded, real)."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = train.adder(parser.add_argument_group("model, data and sampling"))
-    add("--model", default=str(train.TINY),
+    add = flag_adder(parser.add_argument_group("model, data and sampling"))
+    add("--model", default=str(TINY),
         help="Hugging Face id or local folder (default: the embedded model in tiny/)")
     add("--data", help='JSON or JSONL file, or "math": MATH without MATH-500, levels 3-5')
     add("--reward", help='"math", or FILE.py:FUNCTION')
@@ -53,7 +57,7 @@ def build_parser(doc, script, questions, eta):
     add("--seed", type=int, default=0, help="of the questions, of sampling and of GRPO + Random")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--out", help=f"output folder (default: runs/{script}-MODEL)")
-    add = train.adder(parser.add_argument_group("NTHR (Eq. 7, Eq. 8)"))
+    add = flag_adder(parser.add_argument_group("NTHR (Eq. 7, Eq. 8)"))
     add("--beta", type=float, default=1.0, help="β of the threshold τ")
     add("--eta", default=eta, help="η: a rule of Table 5 or a number in [0, 1]")
     add("--nthr-vocab", default="responses", choices=["responses", "all"], help="V*_x (App. 7.4), or Eq. 7 exactly")
@@ -61,11 +65,11 @@ def build_parser(doc, script, questions, eta):
     return parser
 
 
-def parse(parser, argv):
+def parse_flags(parser, argv):
     """Flags -> Namespace, with the defaults of --model; one line for values that cannot work."""
     args = parser.parse_args(argv)
-    embedded = Path(args.model).resolve() in train.EMBEDDED
-    defaults = train.defaults_of(args.model)
+    embedded = Path(args.model).resolve() in EMBEDDED
+    defaults = model_defaults(args.model)
     defaults["micro_batch_size"] = args.group_size if embedded else 4
     for name in ("data", "reward", "max_new_tokens", "max_sequences", "micro_batch_size"):
         if getattr(args, name) is None:
@@ -75,23 +79,21 @@ def parse(parser, argv):
     for name, least in (("questions", 1), ("group_size", 2), ("max_new_tokens", 1), ("max_sequences", 1),
                         ("micro_batch_size", 1), ("seed", 0)):
         if getattr(args, name) < least:
-            train.fail(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+            fail(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     if not 0 < args.temperature < math.inf:
-        train.fail(f"--temperature must be finite and above 0, got {args.temperature}")
-    args.device = train.choose_device(args.device)
-    train.load_reward(args.reward)
+        fail(f"--temperature must be finite and above 0, got {args.temperature}")
+    args.device = choose_device(args.device)
+    load_reward(args.reward)
     args.out = args.out or f"runs/{args.script}-{Path(args.model).resolve().name}"
     return args
 
 
-def load(args):
+def load_model_and_prompts(args):
     """(model, tokenizer, problems, prompts): weights and compute in float32, since bfloat16 would drown Δ(x)."""
-    tokenizer = train.load(train.AutoTokenizer, args.model)
-    problems = train.load_problems(args.data)
-    model = train.load_model(args.model, args.device)
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        train.fail(f"{args.model} adds a bias to its logits; Eq. 7 needs softmax(W h): choose another model")
-    prompts = train.encode_prompts(problems, tokenizer, model.config, args.max_new_tokens, args.reward)
+    tokenizer = load_pretrained(AutoTokenizer, args.model)
+    problems = load_problems(args.data)
+    model = load_model(args.model, args.device, "nthr")
+    prompts = encode_prompts(problems, tokenizer, model.config, args.max_new_tokens, args.reward)
     return model, tokenizer, problems, prompts
 
 
@@ -110,29 +112,29 @@ def to_float64(model):
 def mixed_groups(model, tokenizer, problems, prompts, args):
     """Sample until `args.questions` questions have both right and wrong responses: a list of that many `Group`s.
 
-    Also returns how many questions were sampled. Questions come in an order drawn with --seed, none twice; ends with
-    one line if no group is mixed, and with what there is (a line says so) if the data runs out."""
+    Also returns how many questions were sampled. Questions come in an order drawn with --seed, none twice. Sampling
+    keeps no states: the scripts compute theirs in float64. Ends with one line if no group is mixed, and with what
+    there is (a line says so) if the data runs out."""
     order = np.random.default_rng(args.seed).permutation(len(problems)).tolist()
-    reward, G, groups, sampled = train.load_reward(args.reward), args.group_size, [], 0
+    reward, G, groups, sampled = load_reward(args.reward), args.group_size, [], 0
     at_once = max(1, args.max_sequences // G)
     with tqdm(total=args.questions, desc="sampling mixed groups", unit=" questions") as bar:
         while len(groups) < args.questions and sampled < len(order):
             batch = order[sampled:sampled + at_once]
             rollout = generate(model, tokenizer, [prompts[q] for q in batch], G, args.max_new_tokens, args.temperature,
-                               train.step_seed(args, sampled), args.max_sequences)
+                               step_seed(args.seed, sampled), args.max_sequences, keep_hidden=False)
             for i, q in enumerate(batch):
                 sampled += 1
-                rows = torch.arange(i * G, (i + 1) * G)
-                correct = torch.tensor([reward(rollout.texts[row], problems[q]["answer"]) == 1 for row in rows.tolist()])
+                rows, gold = torch.arange(i * G, (i + 1) * G), problems[q]["answer"]
+                correct = torch.tensor([reward(rollout.texts[row], gold) == 1 for row in rows.tolist()])
                 if 0 < correct.sum() < G:
-                    groups.append(Group(q, problems[q]["problem"], problems[q]["answer"], rollout.select(rows),
-                                        correct.to(args.device)))
+                    groups.append(Group(q, problems[q]["problem"], gold, rollout.select(rows), correct.to(args.device)))
                     bar.update()
                     if len(groups) == args.questions:
                         break
     if not groups:
-        train.fail(f"none of {sampled} questions got both right and wrong responses: use other --data, a larger "
-                   f"--group-size or a longer --max-new-tokens")
+        fail(f"none of {sampled} questions got both right and wrong responses: use other --data, a larger "
+             f"--group-size or a longer --max-new-tokens")
     if len(groups) < args.questions:
         print(f"the data has no more questions: {len(groups)} mixed groups instead of {args.questions}")
     return groups, sampled
@@ -151,7 +153,7 @@ def make_folder(path):
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        train.fail(f"--out {path} cannot be used as a folder: {error}")
+        fail(f"--out {path} cannot be used as a folder: {error}")
     return Path(path)
 
 

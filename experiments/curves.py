@@ -14,8 +14,8 @@ from statistics import mean, stdev
 
 import common
 import matplotlib
-import train
 from matplotlib import pyplot as plt
+from support.errors import fail, printable
 
 matplotlib.use("Agg")                                                          # files only, no window
 METRICS = {"success_rate": "success rate of sampled responses", "eval_accuracy": "greedy accuracy",
@@ -33,16 +33,16 @@ def read_run(source):
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        train.fail(f"{source} is no run of train.py, a folder with metrics.jsonl and config.json: {error}")
+        fail(f"{source} is no run of train.py, a folder with metrics.jsonl and config.json: {error}")
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
             rows += [json.loads(line)] if line else []
         except ValueError as error:
             if number < len(lines):                                            # only the last line can be torn
-                train.fail(f"{folder / 'metrics.jsonl'}, line {number}: not valid JSON: {error}")
+                fail(f"{folder / 'metrics.jsonl'}, line {number}: not valid JSON: {error}")
     if not rows:
-        train.fail(f"{folder / 'metrics.jsonl'} holds no complete line: has the run made a step?")
+        fail(f"{folder / 'metrics.jsonl'} holds no complete line: has the run made a step?")
     return config, rows
 
 
@@ -50,9 +50,9 @@ def group_name(source, config, keys):
     """The values of these config keys: "nthr" for method alone, else "nthr, lr 0.0001"."""
     for key in keys:
         if key not in config:
-            train.fail(f"--group-by {key}: not in the config.json of {source}, which has {', '.join(config)}")
+            fail(f"--group-by {key}: not in the config.json of {source}, which has {', '.join(config)}")
     name = ", ".join(str(config[key]) if key == "method" else f"{key} {config[key]}" for key in keys)
-    return train.printable(name)
+    return printable(name)
 
 
 def average(runs):
@@ -105,7 +105,7 @@ def main(argv=None):
     found = [(source, *read_run(source)) for source in args.runs]
     curves = average([(group_name(source, config, args.group_by), rows) for source, config, rows in found])
     if not curves:
-        train.fail("none of these runs measured anything yet")
+        fail("none of these runs measured anything yet")
     out = common.make_folder(args.out)
     common.write_csv(out / "curves.csv", curves)
     plot(curves, out / "curves.png")

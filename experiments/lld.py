@@ -7,11 +7,15 @@ python experiments/lld.py --model Qwen/Qwen2.5-0.5B              # a real model,
 
 For each question, G responses are sampled from the same initial policy; groups with both right and wrong answers are
 kept. From those same responses one update is made with each of GRPO, Pos Only (§3), GRPO + Random and GRPO + NTHR
-(β = 1, η = 0, §5.3), parameters and optimizer re-initialised each time, and Δ(x) is measured. Plain SGD, the default, is
-the gradient flow of Theorem 4.4: for small --lr, Δ(x)/lr is a derivative. The first step of a fresh AdamW is about
+(β = 1, η = 0, §5.3), parameters and optimizer re-initialised each time, and Δ(x) is measured. Plain SGD, the default,
+is the gradient flow of Theorem 4.4: for small --lr, Δ(x)/lr is a derivative. The first step of a fresh AdamW is about
 lr · sign(gradient): parameters with a gradient far above 1e-8 move by lr, however much larger it is. No gradient
 clipping. Models of up to 1e8 parameters are updated in float64, where rounding cannot reach Δ(x); larger ones in
 float32, where differences below about 1e-6 are rounding.
+
+Table 1 compares Δ(x) with GWHES. Eq. 5 is a quantity of one correct response, and the paper does not say how it becomes
+one of a question. The table has three ways: its sum over the correct responses (`nthr.gwhes`), its mean over them, and
+the sum over N⁺ Σ|y|, which is −Δ(x)/lr of the head alone. It uses all questions, and sets of the paper's sizes.
 
 Expect Δ(x) with NTHR above GRPO's on most questions while the step is small, and with Random on about half after SGD.
 Writes tables.md, questions.csv (a row per question), steps.csv (Δ(x) at each step size), results.json, figure1.png,
@@ -29,10 +33,11 @@ from matplotlib import pyplot as plt
 from tqdm import tqdm
 
 import common
-from common import train
 from grpo import (group_advantages, grpo_loss, likelihood_change, pos_only, random_selection, response_logprobs,
                   token_weights)
 from nthr import gwhes, nthr_advantages, nthr_eta, nthr_scores, nthr_threshold
+from support.errors import fail
+from support.flags import flag_adder
 
 matplotlib.use("Agg")                                                          # files only, no window
 
@@ -42,7 +47,8 @@ COLORS = {"grpo": "#e08214", "pos-only": "#4393c3", "random": "#bbbbbb", "nthr":
 OPTIMIZERS = {"sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr),
               "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)}
 BARS = 60          # about as many questions as the paper's figures show
-PAPER_SIZE = 57    # questions of the paper's Table 1: K = 10 is 17.5% of them
+# Table 1: n: {K: overlap} of DeepSeek-R1-Distill-1.5B on AIME and of Qwen2.5-Math-1.5B on MATH
+PAPER_OVERLAPS = {57: {10: 0.5, 15: 0.75}, 47: {10: 0.6, 15: 0.75}}
 STEPS = {"sgd": [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0], "adamw": [1e-6, 1e-5, 1e-4, 3e-4, 1e-3]}
 FORMATS = {"mean Δ/step": ".2f", "rank": ".2f", "Jaccard": ".2f", "mean": ".2e", "median": ".2e", "difference": ".2e",
            "step size": "g"}                                                   # by the start of the column's name
@@ -51,42 +57,43 @@ THEORY_LR = 1e-6   # small enough for a derivative, large enough for float64
 
 def build_parser():
     parser = common.build_parser(__doc__, "lld", questions=(200, 50), eta="0")                 # §5.3
-    add = train.adder(parser.add_argument_group("the one update"))
-    add("--optimizer", choices=OPTIMIZERS, default="sgd", help="plain SGD (Theorem 4.4), or a fresh AdamW (a sign step)")
+    add = flag_adder(parser.add_argument_group("the one update"))
+    add("--optimizer", choices=OPTIMIZERS, default="sgd", help="plain SGD (Theorem 4.4), or a fresh AdamW: a "
+        "sign step")
     add("--lr", type=float, help="step size of the figures and tables (default: sgd 1e-3, adamw 1e-4)")
     add("--sweep", type=float, nargs="*", metavar="LR", help="further step sizes, for the table and picture of Δ(x) as "
         "a function of the step; none: no further ones (default: sgd 1e-6 to 1, adamw 1e-6 to 1e-3)")
-    add = train.adder(parser.add_argument_group("what the paper leaves open"))
-    add("--layer", type=int, nargs="+", help="also score with the hidden states of these layers "
+    add = flag_adder(parser.add_argument_group("what the paper leaves open"))
+    add("--layer", type=int, nargs="+", default=[], help="also score with the hidden states of these layers "
         "(0: embeddings; the last one, which the paper uses, comes after the final norm)")
     add("--normalize", action="store_true", help="also score with the cosine of the hidden states, not the dot product")
     add("--overlap", action="store_true", help="bin the questions by what the wrong answers share with the right ones")
     return parser
 
 
-def inputs(group):
+def group_inputs(group):
     """ids and attention_mask (G, P+T), P, and of the responses: tokens and mask (G, T)."""
     ids, attention_mask, P = group.rollout.inputs(torch.arange(len(group.correct)))
     return ids, attention_mask, P, ids[:, P:], attention_mask[:, P:]
 
 
 @torch.no_grad()
-def initial_policy(model, group, args):
+def initial_policy(model, group, temperature, rows_at_once):
     """Log-probabilities (G, T) and last-layer states (G, T, d) of the responses before any update."""
-    ids, attention_mask, P, _, _ = inputs(group)
-    parts = [response_logprobs(model, i, m, P, args.temperature, return_hidden=True)
-             for i, m in zip(ids.split(args.micro_batch_size), attention_mask.split(args.micro_batch_size))]
+    ids, attention_mask, P, _, _ = group_inputs(group)
+    parts = [response_logprobs(model, i, m, P, temperature, return_hidden=True)
+             for i, m in zip(ids.split(rows_at_once), attention_mask.split(rows_at_once))]
     return tuple(map(torch.cat, zip(*parts)))
 
 
 @torch.no_grad()
-def layer_states(model, group, layer, args):
+def layer_states(model, group, layer, rows_at_once):
     """States (G, T, d) of a layer, 0 the embeddings, at the positions that predict the response tokens."""
-    ids, attention_mask, P, _, _ = inputs(group)
+    ids, attention_mask, P, _, _ = group_inputs(group)
     positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
     return torch.cat([model.base_model(input_ids=i, attention_mask=m.long(), position_ids=p, use_cache=False,
                                        output_hidden_states=True).hidden_states[layer][:, P - 1:-1]
-                      for i, m, p in zip(*(x.split(args.micro_batch_size) for x in (ids, attention_mask, positions)))])
+                      for i, m, p in zip(*(x.split(rows_at_once) for x in (ids, attention_mask, positions)))])
 
 
 def scores_from(features, hidden, tokens, mask, correct, lm_head, **options):
@@ -100,26 +107,26 @@ def scores_from(features, hidden, tokens, mask, correct, lm_head, **options):
     return both - nthr_scores(hidden.double(), tokens, mask, correct, lm_head, **options)
 
 
-def backward(model, group, old, advantages, args):
+def backward(model, group, old, advantages, temperature, rows_at_once):
     """The gradient of −J (Eq. 1) on this question alone into every parameter's .grad."""
-    ids, attention_mask, P, _, mask = inputs(group)
+    ids, attention_mask, P, _, mask = group_inputs(group)
     G = len(group.correct)
     weights = token_weights(mask, G)
     model.zero_grad()
-    for rows in torch.arange(G).split(args.micro_batch_size):
-        logprobs = response_logprobs(model, ids[rows], attention_mask[rows], P, args.temperature)
+    for rows in torch.arange(G).split(rows_at_once):
+        logprobs = response_logprobs(model, ids[rows], attention_mask[rows], P, temperature)
         grpo_loss(logprobs, old[rows], advantages[rows], mask[rows], G, weights=weights[rows])[0].backward()
 
 
 @torch.no_grad()
-def updated_likelihoods(model, initial, group, old, lrs, args):
+def updated_likelihoods(model, initial, group, old, lrs, optimizer, temperature, rows_at_once):
     """{lr: Δ(x)} (Eq. 2) after one optimizer step with the gradients at hand; the initial parameters are put back."""
-    ids, attention_mask, P, _, mask = inputs(group)
+    ids, attention_mask, P, _, mask = group_inputs(group)
     right, deltas = group.correct.nonzero()[:, 0].cpu(), {}
     for lr in lrs:
-        OPTIMIZERS[args.optimizer](model.parameters(), lr).step()
-        new = torch.cat([response_logprobs(model, ids[rows], attention_mask[rows], P, args.temperature)
-                         for rows in right.split(args.micro_batch_size)])
+        OPTIMIZERS[optimizer](model.parameters(), lr).step()
+        new = torch.cat([response_logprobs(model, ids[rows], attention_mask[rows], P, temperature)
+                         for rows in right.split(rows_at_once)])
         deltas[lr] = likelihood_change(new, old[right], mask[right], group.correct[right]).item()
         for parameter, value in zip(model.parameters(), initial):
             parameter.copy_(value)
@@ -152,7 +159,7 @@ def theory_check(hidden, tokens, mask, correct, lm_head, lr=THEORY_LR):
 
 def shared_tokens(group):
     """Share of a wrong response's tokens that its most similar right response has in the same order, mean over them."""
-    _, _, _, tokens, mask = inputs(group)
+    _, _, _, tokens, mask = group_inputs(group)
     responses = [row[valid].tolist() for row, valid in zip(tokens, mask)]
     right = [response for response, correct in zip(responses, group.correct) if correct]
     shares = [max(sum(block.size for block in SequenceMatcher(None, wrong, other, autojunk=False).get_matching_blocks())
@@ -165,11 +172,13 @@ def variant_name(layer, normalize):
     return f"layer {layer}, {'cosine' if normalize else 'dot product'}"
 
 
-def study(model, initial, group, args, generator):
-    """One question: its row of questions.csv, which holds the layer variants too, and {method: {lr: Δ(x)}}."""
-    _, _, _, tokens, mask = inputs(group)
+def study(model, initial, group, generator, variants, lrs, args):
+    """One question: its row of questions.csv, which holds the layer variants too, and {method: {lr: Δ(x)}}.
+
+    variants: (layer, whether its states are normalised), the paper's first; the others are measured at --lr alone."""
+    _, _, _, tokens, mask = group_inputs(group)
     correct, lm_head = group.correct, model.get_output_embeddings().weight.detach()
-    old, hidden = initial_policy(model, group, args)
+    old, hidden = initial_policy(model, group, args.temperature, args.micro_batch_size)
     grpo = group_advantages(correct.float()[None]).view(-1, 1).repeat(1, mask.shape[1])            # (G, T)
     options = {"vocabulary": args.nthr_vocab, "temperature": args.temperature}
     nthr = nthr_advantages(grpo, hidden, tokens, mask, correct, lm_head, logprobs=old, beta=args.beta, eta=args.eta,
@@ -178,23 +187,23 @@ def study(model, initial, group, args, generator):
     advantages = {"grpo": grpo, "pos-only": pos_only(grpo), "nthr": nthr.advantages,
                   "random": torch.where(randomly, nthr.eta * grpo, grpo)}
     selections = {}
-    for layer, normalize in args.variants[1:]:
-        features = hidden if layer == args.last_layer else layer_states(model, group, layer, args)
+    for layer, normalize in variants[1:]:
+        features = hidden if layer == variants[0][0] else layer_states(model, group, layer, args.micro_batch_size)
         features = features / features.norm(dim=-1, keepdim=True) if normalize else features
         scores = scores_from(features, hidden, tokens, mask, correct, lm_head, logprobs=old, **options)
         chosen = mask & ~correct[:, None] & (scores > nthr_threshold(scores, mask, correct, args.beta))
         selections[layer, normalize] = chosen
         advantages[layer, normalize] = torch.where(chosen, nthr.eta * grpo, grpo)
-    selections[args.variants[0]], advantages[args.variants[0]] = nthr.selected, nthr.advantages
+    selections[variants[0]], advantages[variants[0]] = nthr.selected, nthr.advantages
     deltas = {}
     for name, A in advantages.items():
         same = next((other for other in deltas if torch.equal(A, advantages[other])), None)
         if same:                                                               # such as GRPO, if nothing is selected
             deltas[name] = deltas[same]
             continue
-        backward(model, group, old, A, args)
-        deltas[name] = updated_likelihoods(model, initial, group, old,
-                                           args.lrs if name in METHODS else [args.lr], args)
+        backward(model, group, old, A, args.temperature, args.micro_batch_size)
+        deltas[name] = updated_likelihoods(model, initial, group, old, lrs if name in METHODS else [args.lr],
+                                           args.optimizer, args.temperature, args.micro_batch_size)
     limit, minus_gwhes = theory_check(hidden, tokens, mask, correct, lm_head / args.temperature)
     row = {"index": group.index, "problem": group.problem, "group_size": len(correct), "correct": int(correct.sum()),
            "tokens": int(mask.sum()), "negative_tokens": int(mask[~correct].sum()),
@@ -217,7 +226,7 @@ def rank_correlation(a, b):
     return None if len(a) < 2 else float(np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1])
 
 
-def against(delta, grpo):
+def compared_with_grpo(delta, grpo):
     """Shares of questions where a method's Δ(x) lies above, at and below GRPO's."""
     return {"above GRPO": (delta > grpo).mean(), "equal": (delta == grpo).mean(), "below": (delta < grpo).mean()}
 
@@ -227,7 +236,7 @@ def method_table(rows):
     for method, name in METHODS.items():
         delta, selected = column(rows, f"delta {method}"), column(rows, "selected").sum() / negative
         table.append({"method": name, "mean Δ": delta.mean(), "median Δ": np.median(delta),
-                      "Δ ≤ 0 (LLD)": (delta <= 0).mean(), **against(delta, grpo),
+                      "Δ ≤ 0 (LLD)": (delta <= 0).mean(), **compared_with_grpo(delta, grpo),
                       "negative tokens relieved": {"grpo": 0.0, "pos-only": 1.0}.get(method, selected)})
     return table
 
@@ -238,28 +247,32 @@ def overlap_of_k(delta, score, k):
 
 
 def gwhes_table(rows):
-    """Table 1 for Eq. 5, and for Eq. 5 over N⁺ Σ|y|, the factor between it and Δ(x)/lr of the head.
+    """Table 1 for three ways of making Eq. 5 a score of a question.
 
-    K among all n questions, and the mean over sets of PAPER_SIZE, where it is as large a share as in the paper."""
-    delta, score = column(rows, "delta grpo"), column(rows, "gwhes")
-    n, table = len(rows), []
-    sets = [slice(start, start + PAPER_SIZE) for start in range(0, n - PAPER_SIZE + 1, PAPER_SIZE)]
-    for name, values in (("GWHES (Eq. 5)", score),
-                         ("GWHES / (N⁺ Σ|y|)", score / (column(rows, "correct") * column(rows, "tokens")))):
-        table.append({"score": name, **{f"K = {k} of {n}": overlap_of_k(delta, values, k) for k in (10, 15)},
-                      **{f"K = {k} of {PAPER_SIZE}": np.mean([overlap_of_k(delta[s], values[s], k) for s in sets])
-                         for k in (10, 15) if sets},
-                      "rank correlation with −Δ": rank_correlation(-delta, values)})
-    return [*table, {"score": "expected at random", **{f"K = {k} of {n}": k / n if k <= n else None for k in (10, 15)},
-                     **{f"K = {k} of {PAPER_SIZE}": k / PAPER_SIZE for k in (10, 15) if sets},
-                     "rank correlation with −Δ": 0.0}]
+    K among all n questions, and the mean over sets of the paper's sizes, where it is as large a share as there."""
+    delta, score, right, tokens = (column(rows, name) for name in ("delta grpo", "gwhes", "correct", "tokens"))
+    n, ks, correlation, table = len(rows), (10, 15), "rank correlation with −Δ", []
+    sizes = [size for size in PAPER_OVERLAPS if size <= n]
+    for name, values in {"GWHES (Eq. 5), sum over i": score, "GWHES / N⁺, mean over i": score / right,
+                         "GWHES / (N⁺ Σ|y|)": score / (right * tokens)}.items():
+        row = {"score": name, **{f"K = {k} of {n}": overlap_of_k(delta, values, k) for k in ks}}
+        for size in sizes:
+            sets = [slice(start, start + size) for start in range(0, n - size + 1, size)]
+            row |= {f"K = {k} of {size}": np.mean([overlap_of_k(delta[s], values[s], k) for s in sets]) for k in ks}
+        table.append({**row, correlation: rank_correlation(-delta, values)})
+    if sizes:
+        paper = {f"K = {k} of {size}": PAPER_OVERLAPS[size][k] for size in sizes for k in ks}
+        table.append({name: paper.get(name) for name in table[0]} | {"score": "the paper, on its models and data"})
+    chance = {f"K = {k} of {size}": k / size if k <= size else None for size in (n, *sizes) for k in ks}
+    return [*table, {"score": "expected at random", **chance, correlation: 0.0}]
 
 
 def step_table(curves, lrs):
     table = []
     for lr in lrs:
         delta = {method: np.array([curve[method][lr] for curve in curves]) for method in METHODS}
-        table.append({"step size": lr, **{f"mean Δ/step {METHODS[method]}": delta[method].mean() / lr for method in METHODS},
+        table.append({"step size": lr,
+                      **{f"mean Δ/step {name}": delta[method].mean() / lr for method, name in METHODS.items()},
                       "GRPO Δ ≤ 0": (delta["grpo"] <= 0).mean(),
                       **{f"{name} above GRPO": (delta[method] > delta["grpo"]).mean()
                          for method, name in (("nthr", "NTHR"), ("random", "Random"))}})
@@ -275,7 +288,7 @@ def layer_table(rows, variants):
         both = column(rows, f"selected in both {variant}").sum()
         table.append({"hidden states": variant, "selected": selected / negative,
                       "Jaccard with the first row": both / max(1, paper + selected - both), "mean Δ": delta.mean(),
-                      **against(delta, grpo)})
+                      **compared_with_grpo(delta, grpo)})
     return table
 
 
@@ -288,11 +301,11 @@ def overlap_table(rows):
         table.append({"shared tokens": f"{overlap.min():.0%} to {overlap.max():.0%}", "questions": len(part),
                       "selected": column(part, "selected").sum() / column(part, "negative_tokens").sum(),
                       "mean Δ GRPO": grpo.mean(), "mean Δ NTHR": nthr.mean(), "difference": (nthr - grpo).mean(),
-                      **against(nthr, grpo)})
+                      **compared_with_grpo(nthr, grpo)})
     return table
 
 
-def text(table):
+def to_markdown(table):
     """Markdown: Δ in three digits, shares in percent."""
     def show(name, value):
         if not isinstance(value, float):
@@ -302,8 +315,8 @@ def text(table):
     return common.markdown(table[0], [[show(*item) for item in row.items()] for row in table])
 
 
-def bars(rows, methods, title, path):
-    """Figures 1 and 4: Δ(x) of each question, side by side, questions sorted by GRPO's; at most BARS of them, evenly."""
+def plot_bars(rows, methods, title, path):
+    """Figures 1 and 4: Δ(x) of each question, side by side, sorted by GRPO's; at most BARS questions, evenly."""
     order, width = column(rows, "delta grpo").argsort(), 0.8 / len(methods)
     if len(order) > BARS:
         title += f" ({BARS} of {len(order)} questions, evenly along the order)"
@@ -323,7 +336,7 @@ def bars(rows, methods, title, path):
     plt.close(figure)
 
 
-def step_picture(curves, lrs, path):
+def plot_steps(curves, lrs, path):
     """Mean Δ/lr, and the share of questions where a method beats GRPO, as functions of the step size."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for method, marker in zip(("random", "grpo", "pos-only", "nthr"), "^osD"):
@@ -335,7 +348,8 @@ def step_picture(curves, lrs, path):
             right.plot(lrs, (delta > grpo).mean(0), **style)
     left.axhline(0, color="black", linewidth=0.8)
     left.set(xscale="log", xlabel="step size", ylabel="mean Δ(x) / step size", title="flat where Δ is a derivative")
-    right.set(xscale="log", xlabel="step size", ylabel="share of questions", ylim=(-0.02, 1.02), title="Δ(x) above GRPO's")
+    right.set(xscale="log", xlabel="step size", ylabel="share of questions", ylim=(-0.02, 1.02),
+              title="Δ(x) above GRPO's")
     left.legend(frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -349,38 +363,37 @@ def theory_line(rows):
 
 
 def main(argv=None):
-    args = common.parse(build_parser(), argv)
+    args = common.parse_flags(build_parser(), argv)
     args.lr = {"sgd": 1e-3, "adamw": 1e-4}[args.optimizer] if args.lr is None else args.lr
     args.sweep = STEPS[args.optimizer] if args.sweep is None else args.sweep
     for flag, values in (("lr", [args.lr]), ("sweep", args.sweep)):
         if not all(0 < lr < math.inf for lr in values):
-            train.fail(f"--{flag} must be finite and above 0, got {values}")
+            fail(f"--{flag} must be finite and above 0, got {values}")
     try:
         nthr_eta(0.5, args.eta), nthr_threshold(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1), args.beta)
     except ValueError as error:
-        train.fail(f"--eta {args.eta}, --beta {args.beta}: {error}")
+        fail(f"--eta {args.eta}, --beta {args.beta}: {error}")
     start = time.perf_counter()
-    model, tokenizer, problems, prompts = common.load(args)
+    model, tokenizer, problems, prompts = common.load_model_and_prompts(args)
     layers = model.config.get_text_config().num_hidden_layers
-    args.layer = args.layer or []
     if not all(0 <= layer <= layers for layer in args.layer):
-        train.fail(f"--layer must be 0 (embeddings) to {layers} (after the final norm), got {args.layer}")
-    args.variants = [(layer, normalize) for layer in dict.fromkeys([layers, *args.layer])          # the paper's first
-                     for normalize in ((False, True) if args.normalize else (False,))]
-    args.last_layer, args.lrs = layers, sorted({args.lr, *args.sweep})
+        fail(f"--layer must be 0 (embeddings) to {layers} (after the final norm), got {args.layer}")
+    variants = [(layer, normalize) for layer in dict.fromkeys([layers, *args.layer])               # the paper's first
+                for normalize in ((False, True) if args.normalize else (False,))]
+    lrs = sorted({args.lr, *args.sweep})
     out = common.make_folder(args.out)
     groups, sampled = common.mixed_groups(model, tokenizer, problems, prompts, args)
     model = common.to_float64(model)
     initial = [parameter.detach().clone() for parameter in model.parameters()]
     generator = torch.Generator().manual_seed(args.seed)
-    rows, curves = map(list, zip(*(study(model, initial, group, args, generator)
+    rows, curves = map(list, zip(*(study(model, initial, group, generator, variants, lrs, args)
                                    for group in tqdm(groups, desc="one update per method", unit=" questions"))))
     error, theory = theory_line(rows)
     tables = {f"Δ(x) after one {args.optimizer} step of size {args.lr:g}": method_table(rows),
               "Table 1: do the laziest questions have the largest GWHES?": gwhes_table(rows),
-              "Step size": step_table(curves, args.lrs)}
-    if len(args.variants) > 1:
-        tables["Other hidden states in Eq. 7"] = layer_table(rows, [variant_name(*v) for v in args.variants])
+              "Step size": step_table(curves, lrs)}
+    if len(variants) > 1:
+        tables["Other hidden states in Eq. 7"] = layer_table(rows, [variant_name(*v) for v in variants])
     if args.overlap:
         tables["Questions by what their wrong answers share with the right ones"] = overlap_table(rows)
     seconds = time.perf_counter() - start
@@ -388,7 +401,7 @@ def main(argv=None):
     lines = [f"{len(rows)} questions with right and wrong answers of {sampled} sampled, G = {args.group_size}, seed "
              f"{args.seed}, {seconds:.0f} s on {source['machine']}:", "", f"    {source['command']}", ""]
     for title, table in tables.items():
-        lines += [f"**{title}**", "", text(table), ""]
+        lines += [f"**{title}**", "", to_markdown(table), ""]
     print("\n".join(lines), theory, sep="\n")
     (out / "tables.md").write_text("\n".join([*lines, theory, ""]), encoding="utf-8")
     common.write_csv(out / "questions.csv", rows)
@@ -396,11 +409,11 @@ def main(argv=None):
                                              "theory_error": error})
     common.write_csv(out / "steps.csv", [
         {"index": row["index"], "step size": lr, **{f"delta {method}": curve[method][lr] for method in METHODS}}
-        for row, curve in zip(rows, curves) for lr in args.lrs])
+        for row, curve in zip(rows, curves) for lr in lrs])
     setting = f"{Path(args.model).resolve().name}, one {args.optimizer} step of size {args.lr:g}"
-    bars(rows, ("grpo", "pos-only"), f"Figure 1: {setting}", out / "figure1.png")
-    bars(rows, ("grpo", "random", "nthr"), f"Figure 4: {setting}", out / "figure4.png")
-    step_picture(curves, args.lrs, out / "step_size.png")
+    plot_bars(rows, ("grpo", "pos-only"), f"Figure 1: {setting}", out / "figure1.png")
+    plot_bars(rows, ("grpo", "random", "nthr"), f"Figure 4: {setting}", out / "figure4.png")
+    plot_steps(curves, lrs, out / "step_size.png")
 
 
 if __name__ == "__main__":

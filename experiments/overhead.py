@@ -4,36 +4,45 @@ python experiments/overhead.py                              # all five benchmark
 python experiments/overhead.py step scores                  # some of them
 python experiments/overhead.py --shape 0.5B --device cuda   # random weights in the shape of Qwen2.5-0.5B
 
-    step      seconds by phase of a training step (Table 3), and NTHR's share of it
+    step      seconds by phase of a step of `python train.py` (Table 3), and NTHR's share of it
     scores    NTHR's scores alone over the tokens of a group (App. 7.4): seconds, peak memory, growth
     sampling  `rollout.generate` against `model.generate` of transformers, in tokens per second
     loss      `grpo.response_logprobs` and Eq. 1 against full logits, at V = 151936: peak memory and seconds
-    trl       a whole training step against TRL's GRPOTrainer (pip install trl)
+    trl       a step of `python train.py`, with NTHR and without, against one of TRL's GRPOTrainer (pip install trl)
 
 What is compared runs in turn in every repetition, in the opposite order every second time, after one run each that is
-not counted; a ratio is formed within each repetition, and its median, smallest and largest value are printed. Memory is
-measured in runs of its own. --out gets overhead.json with every single measurement, and the folders of random models.
+not counted. A ratio is formed within each repetition; its median, smallest and largest value are printed. Time is
+wall-clock time. Memory is measured in runs of its own. The reward calls every second response right. --out gets
+overhead.json with every single measurement, the logs of train.py, and the folders of random models.
 """
 import argparse
-import copy
 import itertools
+import json
 import math
 import os
 import platform
+import shutil
 import statistics
+import subprocess
+import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, PrinterCallback, TrainerCallback
+from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 import common
-import train
 from grpo import grpo_loss, response_logprobs
 from nthr import nthr_scores, nthr_scores_pairwise
 from rollout import generate, stop_token_ids
+from support.data import EMBEDDED, TINY, encode_prompts, load_problems
+from support.errors import fail
+from support.flags import DEFAULTS, flag_adder, model_defaults
+from support.memory import PHASES
+from support.models import choose_device, load_config, load_model, load_pretrained, precision
 
 # Shapes: G responses of a question, B rows, P prompt tokens, T response tokens, V vocabulary, d hidden size,
 #         N tokens of a group
@@ -41,10 +50,11 @@ VOCABULARY = 151936
 SHAPES = {    # of Qwen2.5, tied: layers, d, heads, key-value heads, intermediate size; "head" is 0.5B with 2 layers
     "0.5B": (24, 896, 14, 2, 4864), "1.5B": (28, 1536, 12, 2, 8960), "3B": (36, 2048, 16, 2, 11008),
     "head": (2, 896, 14, 2, 4864)}
-PAPER = {"data_generation": 250, "model_update": 140, "nthr": 22, "reference": 55, "old_probabilities": 55}  # Table 3
+PAPER = {"data_generation": 250, "nthr": 22, "old_probabilities": 55, "reference": 55, "model_update": 140}  # Table 3
 CHUNK = 512             # tokens at a time in `nthr_scores`, its default
 PAIRWISE = 512          # the largest group that is also scored pair by pair
 DISTINCT = 512          # token ids that the responses of one group are drawn from, at most
+REWARD = f"{Path(__file__).resolve()}:alternating"
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")                                 # the profiler's start is not news
 
 
@@ -92,12 +102,18 @@ def on_gpu(args):
     return args.device.startswith("cuda")
 
 
+def seconds_now():
+    """A clock in seconds, read once a GPU is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def timed(function):
-    """(what the function returns, the seconds it took, until a GPU is done)."""
-    timer = train.Timer()
-    with timer("run"):
-        result = function()
-    return result, timer["run"]
+    """(what the function returns, the seconds it took)."""
+    start = seconds_now()
+    result = function()
+    return result, seconds_now() - start
 
 
 def peak_bytes(function, device):
@@ -131,56 +147,53 @@ def make_model(folder, shape, seed):
             max_position_embeddings=32768, eos_token_id=1, pad_token_id=0))
         part = folder.with_name(folder.name + ".tmp")                          # a folder under its name is complete
         model.to(torch.bfloat16).save_pretrained(part)
-        train.load(train.AutoTokenizer, str(train.TINY)).save_pretrained(part)
+        load_pretrained(AutoTokenizer, str(TINY)).save_pretrained(part)
         part.rename(folder)
     return folder
 
 
-def train_args(args, *flags):
-    """The settings of train.py for this model and these sizes, one AdamW update a step, no Δ(x); `flags` are added."""
+def train_metrics(args, method, steps, *flags):
+    """Metrics of `steps` steps of `python train.py` with this model and these sizes, after one that is not counted.
+
+    One AdamW update a step, no Δ(x); no evaluation but of one problem before and after all steps. `flags` are added."""
+    folder = Path(args.out) / f"train-{method}"
+    shutil.rmtree(folder, ignore_errors=True)
     names = ("model", "data", "batch_size", "group_size", "max_new_tokens", "max_sequences", "seed", "device", "dtype")
-    values = [text for name in names for text in ("--" + name.replace("_", "-"), str(getattr(args, name)))]
-    return train.parse_args([*values, "--minibatch-size", str(args.batch_size), "--out", f"{args.out}/train",
-                             "--reward", f"{Path(__file__).resolve()}:{alternating.__name__}", "--delta-every", "0",
-                             *flags])
+    given = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
+    fixed = ["--eval-size=1", "--eval-every=0", "--save-every=0", "--keep-checkpoints=1", "--delta-every=0"]
+    search = os.pathsep.join([str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")])     # of REWARD
+    result = subprocess.run(
+        [sys.executable, str(common.ROOT / "train.py"), *given, *fixed, f"--minibatch-size={args.batch_size}",
+         f"--eval-data={args.data}", f"--reward={REWARD}", f"--method={method}", f"--steps={steps + 1}",
+         f"--out={folder}", *flags], stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": str(torch.get_num_threads()), "TQDM_DISABLE": "1"})
+    if result.returncode:
+        fail(f"train.py ended with: {(result.stderr.splitlines() or ['nothing'])[-1].removeprefix('error: ')}")
+    shutil.rmtree(folder / "checkpoint")                                       # gigabytes for a real model
+    rows = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(row) for row in rows[2:]]                               # step 0 has no seconds, step 1 warms up
 
 
-class Policy:
-    """A model that makes training steps out of train.py's own phases, with `settings` of `train_args`.
-
-    questions: use only so many, the first of the data."""
-
-    def __init__(self, settings, questions=None):
-        self.settings, self.state, self.number = settings, dict(train.START), 0
-        self.tokenizer = train.load(train.AutoTokenizer, settings.model)
-        self.problems = train.load_problems(settings.data)[:questions]
-        self.model, self.reference, self.optimizer = train.load_policy(settings.model, settings)
-        self.prompts = train.encode_prompts(self.problems, self.tokenizer, self.model.config, settings.max_new_tokens,
-                                            settings.reward)
-
-    def step(self, method="nthr"):
-        """One step of Algorithm 1 or of plain GRPO: (seconds by phase, tokens sampled)."""
-        self.number += 1
-        self.settings.method = method
-        metrics = train.train_step(self.model, self.reference, self.tokenizer, self.optimizer, self.problems,
-                                   self.prompts, self.settings, self.number, self.state)
-        timer = metrics["seconds"]
-        return timer, round(metrics["tokens_per_second"] * timer["data_generation"])
+def step_seconds(metrics):
+    """Seconds of a step of train.py, all phases together; the evaluation after the last step is none of them."""
+    return sum(metrics["seconds"][phase] for phase in PHASES)
 
 
 def benchmark_step(args):
-    """Table 3: seconds by phase of a training step. The evaluation and Δ(x) are no part of the table."""
-    policy = Policy(train_args(args))
-    steps = [timer for timer, _ in interleaved({"step": policy.step}, args.repetitions)["step"]]
-    totals, rows = [sum(timer.values()) for timer in steps], []
+    """Table 3: seconds by phase of a training step.
+
+    With one update a step nothing is spent on old probabilities: sampling keeps what the paper computes there."""
+    steps = train_metrics(args, "nthr", args.repetitions)
+    totals, rows = [step_seconds(step) for step in steps], []
     for phase, paper in PAPER.items():
-        seconds = [timer.get(phase, 0.0) for timer in steps]
+        seconds = [step["seconds"][phase] for step in steps]
         share = statistics.median(s / total for s, total in zip(seconds, totals))
         rows.append([phase, *cells(seconds, ".4f"), f"{share:.2%}", paper, f"{paper / sum(PAPER.values()):.1%}"])
     rows.append(["total", *cells(totals, ".4f"), "", sum(PAPER.values()), ""])
-    shares = [timer["nthr"] / total for timer, total in zip(steps, totals)]
+    shares = [step["seconds"]["nthr"] / total for step, total in zip(steps, totals)]
     return {"header": ["phase", "seconds", "min – max", "share", "paper: seconds", "share"], "rows": rows,
-            "measured": steps, "ratios": [ratio("NTHR / step", shares, at_most=0.005 if on_gpu(args) else 0.03)]}
+            "measured": [{phase: step["seconds"][phase] for phase in PHASES} for step in steps],
+            "ratios": [ratio("NTHR / step", shares, at_most=0.005 if on_gpu(args) else 0.03)]}
 
 
 def random_group(size, lm_head, args):
@@ -205,7 +218,7 @@ def benchmark_scores(args):
 
     Bound: bytes of a copy of the states, a chunk of logits (with logprobs: of the columns in V*_x alone), and M⁺. The
     peak is a small multiple, as a few tensors of that size exist at once. Only the copy of the states grows with N."""
-    lm_head = train.load_model(args.model, args.device).get_output_embeddings().weight.detach()
+    lm_head = load_model(args.model, args.device, "nthr").get_output_embeddings().weight.detach()
     V, d = lm_head.shape
     variants = {"all": lambda group, _: nthr_scores(*group, vocabulary="all"),
                 "responses": lambda group, _: nthr_scores(*group),
@@ -262,27 +275,27 @@ def library_generate(model, tokenizer, prompts, stop_ids, args):
 
 
 def benchmark_sampling(args):
-    """Tokens per second, each counted up to its stop. Ours also returns log-probabilities and decoded texts.
+    """Tokens per second, each counted up to its stop. Ours also returns log-probabilities, the hidden states that NTHR
+    reads, and decoded texts.
 
     "stops": at the model's stop ids, for random weights at every 64th id of the vocabulary, which gives lengths with a
     mean of about 64; "fixed length": no stop id, every response has --max-new-tokens."""
-    settings = train_args(args)
-    tokenizer, model = train.load(train.AutoTokenizer, args.model), train.load_model(args.model, args.device)
-    problems = train.load_problems(args.data)[:args.batch_size]
-    prompts = train.encode_prompts(problems, tokenizer, model.config, args.max_new_tokens, settings.reward)
+    tokenizer, model = load_pretrained(AutoTokenizer, args.model), load_model(args.model, args.device, "nthr")
+    problems = load_problems(args.data)[:args.batch_size]
+    prompts = encode_prompts(problems, tokenizer, model.config, args.max_new_tokens, REWARD)
     stops = list(range(0, VOCABULARY, 64)) if args.shape else stop_token_ids(model, tokenizer)
     model.generation_config = GenerationConfig()                               # no repetition penalty, top-p or EOS
     rows, ratios, measured = [], [], {}
     for name, stop_ids in (("stops", stops), ("fixed length", [])):
 
         def ours():
-            with train.precision(settings):
+            with precision(args.device, args.dtype):
                 rollout = generate(model, tokenizer, prompts, args.group_size, args.max_new_tokens,
                                    max_sequences=args.max_sequences, stop_ids=stop_ids)
             return int(rollout.response_mask.sum())
 
         def theirs():
-            with train.precision(settings):
+            with precision(args.device, args.dtype):
                 return library_generate(model, tokenizer, prompts, stop_ids, args)
 
         found = interleaved({"rollout.generate": lambda: timed(ours), "model.generate": lambda: timed(theirs)},
@@ -323,7 +336,7 @@ def check_equal(model, ids, prompt_length):
     for name, ours in found[0].items():
         error = ((ours - found[1][name]).norm() / found[1][name].norm()).item()
         if not error <= 1e-4:
-            train.fail(f"grpo.response_logprobs and full logits differ by {error:.1e} in {name}, 1e-4 is allowed: one "
+            fail(f"grpo.response_logprobs and full logits differ by {error:.1e} in {name}, 1e-4 is allowed: one "
                        f"of them is wrong, and comparing their cost means nothing")
 
 
@@ -331,16 +344,16 @@ def benchmark_loss(args):
     """Log-probabilities, Eq. 1 and backward, against the same with full logits. Without --shape or --model: a body of 2
     layers, so that the head dominates. Equality is checked in float32 on the first two rows."""
     folder = args.model
-    if Path(args.model).resolve() in train.EMBEDDED:
+    if Path(args.model).resolve() in EMBEDDED:
         folder = str(make_model(Path(args.out) / "head", "head", args.seed))
-    model, settings = train.load_model(folder, args.device), train_args(args)
+    model = load_model(folder, args.device, "nthr")
     P, generator = 8, torch.Generator().manual_seed(args.seed)
     ids = torch.randint(model.config.vocab_size, (args.loss_rows, P + args.loss_tokens), generator=generator)
     ids = ids.to(args.device)
     check_equal(model, ids[:2], P)
 
     def run(logprobs_of):
-        with train.precision(settings):
+        with precision(args.device, args.dtype):
             forward_backward(logprobs_of, model, ids, P, len(ids))
 
     contenders = {"grpo.response_logprobs": lambda: run(response_logprobs), "full logits": lambda: run(naive_logprobs)}
@@ -359,28 +372,37 @@ def benchmark_loss(args):
 
 
 def benchmark_trl(args):
-    """A whole training step against TRL's GRPOTrainer: the same model, questions, rows, lengths, reward, AdamW, dtype
-    and gradient checkpointing, one update, no KL, no logging, saving or evaluation.
+    """A step of `python train.py`, with NTHR and without, against a step of TRL's GRPOTrainer.
 
-    TRL runs its own loop; a callback takes the time from the start of each of its steps to the end, and makes our steps
-    in between. What differs: TRL does not run the old policy again (it takes π_old from the update's own forward pass,
-    right with one update a step), ours does, because NTHR needs hidden states before the update; TRL also computes the
-    entropy of every token. TRL's rows per forward pass are --trl-rows, ours the default of train.py."""
+    The same on both sides: model, questions, prompts, rows, longest response, reward, AdamW and its learning rate,
+    dtype and activation checkpointing; one update a step, no KL.
+    Counted: of ours, all phases of the second step of a program of its own, whose first step warms up; of TRL, from the
+    start to the end of each step but the first, by a callback that also runs our programs between TRL's steps.
+    Neither counts logging, saving and evaluation.
+    What differs: ours leaves out what lies between its phases, a few milliseconds; ours has made one update before,
+    TRL one more in each repetition, so that lengths differ (hence the ratio per token); ours keeps hidden states while
+    sampling, TRL computes the entropy of every token; TRL's rows per forward pass are --trl-rows, ours the default of
+    train.py; TRL's process waits, with its memory, while ours runs."""
     try:
         from datasets import Dataset
+        from transformers import PrinterCallback, TrainerCallback
         from trl import GRPOConfig, GRPOTrainer
     except ImportError as error:
         return {"not_run": f"trl was not run ({error}): pip install trl"}
-    settings, rows = train_args(args, "--kl-coef", "0"), args.batch_size * args.group_size
-    policy = Policy(settings, questions=args.batch_size)                       # every step has the same questions
-    texts = [policy.tokenizer.decode(prompt) for prompt in policy.prompts]
+    rows, on_cpu, defaults = args.batch_size * args.group_size, args.device == "cpu", model_defaults(args.model)
+    tokenizer, problems = load_pretrained(AutoTokenizer, args.model), load_problems(args.data)[:args.batch_size]
+    prompts = encode_prompts(problems, tokenizer, load_config(args.model), args.max_new_tokens, REWARD)
+    texts = [tokenizer.decode(prompt) for prompt in prompts]
     if len(texts) < args.batch_size:
-        train.fail(f"{args.data} has {len(texts)} problems only: lower --batch-size {args.batch_size}")
-    if policy.tokenizer(texts).input_ids != policy.prompts:
-        train.fail(f"the tokenizer of {args.model} does not turn the text of a prompt into the same ids again, so that "
-                   f"TRL would train on others: choose another model")
-    sampled, order, on_cpu = [], iter(schedule(["nthr", "grpo", "trl"], args.repetitions)), args.device == "cpu"
-    found = {"nthr": [], "grpo": [], "trl": []}                                # method: [(tokens, seconds)]
+        fail(f"{args.data} has {len(texts)} problems only: lower --batch-size {args.batch_size}")
+    if tokenizer(texts).input_ids != prompts:
+        fail(f"the tokenizer of {args.model} does not turn the text of a prompt into the same ids again, so that "
+             f"TRL would train on others: choose another model")
+    data = Path(args.out) / "problems.jsonl"                                   # every step has these questions
+    data.write_text("".join(json.dumps(row) + "\n" for row in problems), encoding="utf-8")
+    found = {"nthr": [], "grpo": [], "trl": []}                                # who: [(tokens, seconds)]
+    order = iter(["trl", *schedule(found, args.repetitions)[len(found):]])     # ours warms up in each of its programs
+    sampled = []
 
     def reward(completions, completion_ids, **_):
         sampled.append(sum(map(len, completion_ids)))
@@ -388,37 +410,38 @@ def benchmark_trl(args):
 
     def ours_until_trl():
         for method in itertools.takewhile(lambda name: name != "trl", order):
-            (_, tokens), seconds = timed(lambda: policy.step(method))
-            found[method].append((tokens, seconds))
+            step, = train_metrics(args, method, 1, f"--data={data}", f"--eval-data={data}", "--kl-coef=0")
+            tokens = round(step["tokens_per_second"] * step["seconds"]["data_generation"])
+            found[method].append((tokens, step_seconds(step)))
 
     class Stopwatch(TrainerCallback):
         def on_step_begin(self, *_, **__):
             ours_until_trl()
-            self.timer = train.Timer()
-            self.running = self.timer("step")
-            self.running.__enter__()
+            self.start = seconds_now()
 
         def on_step_end(self, *_, **__):
-            self.running.__exit__(None, None, None)
-            found["trl"].append((sampled[-1], self.timer["step"]))
+            found["trl"].append((sampled[-1], seconds_now() - self.start))
 
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)       # TRL 1.16 uses the old names
+    checkpointing = ("activation_checkpointing" if hasattr(GRPOConfig, "activation_checkpointing")
+                     else "gradient_checkpointing")                            # before transformers 5.24
     config = GRPOConfig(
         output_dir=f"{args.out}/trl", max_steps=args.repetitions + 1, per_device_train_batch_size=args.trl_rows or rows,
         gradient_accumulation_steps=rows // (args.trl_rows or rows), num_generations=args.group_size,
         max_completion_length=args.max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, beta=0.0, num_iterations=1,
-        learning_rate=settings.lr, lr_scheduler_type="constant", adam_beta2=0.95, weight_decay=0.0, max_grad_norm=1.0,
-        gradient_checkpointing=bool(settings.gradient_checkpointing), bf16=settings.dtype == "bfloat16", use_cpu=on_cpu,
-        disable_dropout=True, use_vllm=False, report_to="none",
-        logging_strategy="no", save_strategy="no", eval_strategy="no", disable_tqdm=True, seed=settings.seed,
-        shuffle_dataset=False, dataloader_pin_memory=not on_cpu)
-    model = copy.deepcopy(policy.model)
-    model.generation_config.eos_token_id = stop_token_ids(model, policy.tokenizer)             # TRL reads them here
-    trainer = GRPOTrainer(model, reward, config, Dataset.from_dict({"prompt": texts}),
-                          processing_class=policy.tokenizer, callbacks=[Stopwatch()])
+        learning_rate=defaults["lr"], lr_scheduler_type="constant", adam_beta2=0.95, weight_decay=0.0,
+        max_grad_norm=1.0, bf16=args.dtype == "bfloat16", use_cpu=on_cpu, disable_dropout=True, use_vllm=False,
+        report_to="none", logging_strategy="no", save_strategy="no", eval_strategy="no", disable_tqdm=True,
+        seed=args.seed, shuffle_dataset=False, dataloader_pin_memory=not on_cpu,
+        **{checkpointing: defaults["gradient_checkpointing"]})
+    model = load_model(args.model, args.device, "grpo")
+    model.generation_config.eos_token_id = stop_token_ids(model, tokenizer)    # TRL reads them here
+    trainer = GRPOTrainer(model, reward, config, Dataset.from_dict({"prompt": texts}), processing_class=tokenizer,
+                          callbacks=[Stopwatch()])
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     ours_until_trl()                                                           # the end of a last repetition backwards
-    found = {name: runs[1:] for name, runs in found.items()}                   # the first was the warm-up
+    del found["trl"][0]                                                        # the warm-up
     table = []
     for name, runs in found.items():
         tokens, seconds = zip(*runs)
@@ -442,10 +465,10 @@ def parse_args(argv=None):
     """Flags -> Namespace; one line for values that cannot work. Makes --out, and the random model of --shape."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmarks", nargs="*", help="which of them (default: all)")
-    add = train.adder(parser.add_mutually_exclusive_group())
-    add("--model", default=str(train.TINY), help="Hugging Face id or folder (default: the embedded model in tiny/)")
+    add = flag_adder(parser.add_mutually_exclusive_group())
+    add("--model", default=str(TINY), help="Hugging Face id or folder (default: the embedded model in tiny/)")
     add("--shape", choices=["0.5B", "1.5B", "3B"], help="instead of --model: random weights in this shape of Qwen2.5")
-    add = train.adder(parser)
+    add = flag_adder(parser)
     add("--data", help="JSON or JSONL file of problems (default: the model's, with --shape the embedded model's)")
     add("--batch-size", type=int, help="questions per step or sampling run (default: embedded model 32, other 8)")
     add("--group-size", type=int, default=8, help="G, responses per question")
@@ -462,29 +485,31 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="of weights, data order and sampling")
     add("--out", help="output folder (default: runs/overhead-MODEL)")
     args = parser.parse_args(argv)
-    embedded = not args.shape and Path(args.model).resolve() in train.EMBEDDED
+    embedded = not args.shape and Path(args.model).resolve() in EMBEDDED
     parser.set_defaults(
-        data=str(train.TINY / "train.jsonl") if args.shape else train.defaults_of(args.model)["data"],
+        data=str(TINY / "train.jsonl") if args.shape else model_defaults(args.model)["data"],
         batch_size=32 if embedded else 8, max_new_tokens=64 if embedded else 256,
-        max_sequences=train.DEFAULTS["max_sequences"][not embedded],
+        max_sequences=DEFAULTS["max_sequences"][not embedded],
         out=f"runs/overhead-{args.shape or Path(args.model).resolve().name}")
     args = parser.parse_args(argv)
     unknown = [name for name in args.benchmarks if name not in BENCHMARKS]
     if unknown:
-        train.fail(f"no benchmark is called {unknown[0]}: choose from {', '.join(BENCHMARKS)}")
+        fail(f"no benchmark is called {unknown[0]}: choose from {', '.join(BENCHMARKS)}")
     args.benchmarks = args.benchmarks or list(BENCHMARKS)
     rows = args.batch_size * args.group_size
     for name, least in (("batch_size", 1), ("group_size", 2), ("max_new_tokens", 1), ("max_sequences", 1), ("seed", 0),
                         ("loss_rows", 2), ("loss_tokens", 1), ("repetitions", 1), ("threads", 1), ("trl_rows", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
-            train.fail(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+            fail(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     args.score_tokens = sorted(set(args.score_tokens))
     if args.score_tokens[0] < 1 or any(size % args.group_size for size in args.score_tokens):
-        train.fail(f"--score-tokens must be multiples of --group-size {args.group_size}, got "
+        fail(f"--score-tokens must be multiples of --group-size {args.group_size}, got "
                    f"{' '.join(map(str, args.score_tokens))}")
     if rows % (args.trl_rows or rows):
-        train.fail(f"--trl-rows {args.trl_rows} must divide the {rows} rows of a step (--batch-size x --group-size)")
-    args.device = train.choose_device(args.device)
+        fail(f"--trl-rows {args.trl_rows} must divide the {rows} rows of a step (--batch-size x --group-size)")
+    args.device = choose_device(args.device)
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if on_gpu(args) else "float32"
     torch.set_num_threads(args.threads or torch.get_num_threads())
     common.make_folder(args.out)
     if args.shape:

@@ -31,10 +31,11 @@ from matplotlib import pyplot as plt
 from tqdm import tqdm
 
 import common
-from common import train
 from grpo import group_advantages
-from lld import backward, column, initial_policy, inputs, updated_likelihoods
+from lld import backward, column, group_inputs, initial_policy, updated_likelihoods
 from nthr import gwhes, nthr_advantages, nthr_eta, nthr_threshold
+from support.errors import fail
+from support.flags import flag_adder
 
 matplotlib.use("Agg")                                                          # files only, no window
 
@@ -149,12 +150,12 @@ def on_path(terms, texts):
             for text, so_far in zip(texts, accumulate(texts))]
 
 
-def view(model, tokenizer, group, initial, betas, args):
+def token_view(model, tokenizer, group, initial, betas, args):
     """What is shown and counted of a group: its numbers; its responses as (words, text, rows), rows those of
     tokens.csv, none for a correct one; all n rows; and which of them each β selects."""
-    _, _, _, tokens, mask = inputs(group)                                      # (G, T) both
+    _, _, _, tokens, mask = group_inputs(group)                                      # (G, T) both
     correct, terms = group.correct, sum_terms(group.problem)
-    old, hidden = initial_policy(model, group, args)
+    old, hidden = initial_policy(model, group, args.temperature, args.micro_batch_size)
     advantages = group_advantages(correct.float()[None]).view(-1, 1).repeat(1, mask.shape[1])
     nthr = nthr_advantages(advantages, hidden, tokens, mask, correct, model.get_output_embeddings().weight.detach(),
                            logprobs=old, beta=args.beta, eta=args.eta, vocabulary=args.nthr_vocab,
@@ -178,8 +179,9 @@ def view(model, tokenizer, group, initial, betas, args):
                "tau_at_beta_1": nthr_threshold(nthr.scores, mask, correct).item(),
                "gwhes": gwhes(nthr.scores, mask, correct).item(), "largest_s": max(abs(row["s"]) for row in rows)}
     if args.order == "delta":
-        backward(model, group, old, advantages, args)                          # GRPO on this question alone
-        numbers["delta"] = updated_likelihoods(model, initial, group, old, [args.lr], args)[args.lr]
+        backward(model, group, old, advantages, args.temperature, args.micro_batch_size)           # GRPO, plain SGD
+        numbers["delta"] = updated_likelihoods(model, initial, group, old, [args.lr], "sgd", args.temperature,
+                                               args.micro_batch_size)[args.lr]
     chosen = {beta: (nthr.scores > nthr_threshold(nthr.scores, mask, correct, beta))[mask & ~correct[:, None]]
               .cpu().numpy() for beta in betas}                                # (n,) bool, in the order of rows
     return {"group": group, "numbers": numbers, "responses": responses, "rows": rows, "chosen": chosen,
@@ -258,8 +260,9 @@ def sentences(summary, beta):
         line = f"Tokens {LABELS[name]} are {nthr[0]} of the selected ones ({random[0]} of as many random ones)"
         lines.append(f"{line}; among tokens with π < {UNSURE}, {nthr[1]} ({random[1]})." if found[1:] else f"{line}.")
     if summary["definitions"]:
-        more = [LABELS[name] for name, values in summary["definitions"].items()
-                if (values["betas"][str(beta)]["precision"] or 0) > (values["betas"][str(beta)]["random_precision"] or 0)]
+        at_beta = {name: values["betas"][str(beta)] for name, values in summary["definitions"].items()}
+        more = [LABELS[name] for name, row in at_beta.items()
+                if (row["precision"] or 0) > (row["random_precision"] or 0)]
         lines.append("Figure 3, that the tokens NTHR selects are mostly correct steps: here they are more often than "
                      f"random tokens {' and '.join(more) or 'nothing of the above'}"
                      + (", not the rest of the above." if 0 < len(more) < len(LABELS) else "."))
@@ -309,8 +312,8 @@ strength is the square root of |s| over the group's largest. <u>Bold and underli
 Eq. 8): their penalty is multiplied by η. Point at a token to see s and its probability π; tokens.csv lists them.</p>
 <p>Marks: <i>␣</i> a space, <em>↵</em> a new line, <i>⇥</i> a tab, <i>\\x1B</i> a control character or a byte that is no
 text, <em>◌</em> a part of a character that a later token completes, <em>&lt;name&gt;</em> a special token. Where it is
-known, <sup>✓</sup> follows a step that is right as written, given the steps before it (so also a box that copies a wrong
-result), and <sup>✗</sup> any other text. On the path of the true solution: the answer up to this token is how the true
+known, <sup>✓</sup> follows a step that is right as written, given the steps before it (so also a box that copies a
+wrong result), and <sup>✗</sup> any other text. On the path of the true solution: the answer up to this token is how the true
 solution begins.</p>"""
 
 
@@ -347,6 +350,7 @@ def response_html(rows, largest):
 def page(views, summary, source, args):
     """The HTML file. All that a model or a data file wrote goes through `markup`, or through `plain` and `escape`."""
     bodies, links, sections = "", "", ""
+    order = "smallest Δ(x)" if args.order == "delta" else "largest GWHES (Eq. 5), summed over the correct responses"
     for title, rows in table(summary):
         lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
         bodies += f'<tbody><tr><th colspan="6" scope="rowgroup">{title}</th></tr>{lines}</tbody>'
@@ -368,7 +372,7 @@ def page(views, summary, source, args):
 {"".join(f"<p>{line}</p>" for line in sentences(summary, args.beta))}
 {f"{TABLE}{bodies}</table>" if bodies else ""}
 {LEGEND}
-<nav><h2>Questions, laziest first: {"smallest Δ(x)" if args.order == "delta" else "largest GWHES (Eq. 5)"}</h2>
+<nav><h2>Questions, laziest first: {order}</h2>
 <ul>{links}</ul></nav>
 {sections}</main>
 <footer class="label">{escape(plain(", ".join(f"{name}: {value}" for name, value in source.items())))}</footer></body>
@@ -394,7 +398,7 @@ def terminal(views, color):
     return "\n".join(line.replace("\n", "\n    ") for line in lines)           # no text can pose as a line of ours
 
 
-def picture(views, path):
+def plot_labels(views, path):
     """Of the tokens of wrong answers in each range of s/|τ|, the share with each label; without sums, their number."""
     sums, edges = [group for group in views if group["is_sum"]], [-math.inf, -10, -1, -0.1, 0, 0.1, 1, 10, math.inf]
     ratio = np.concatenate([column(group["rows"], "s") / abs(group["numbers"]["tau_at_beta_1"])
@@ -422,33 +426,33 @@ def picture(views, path):
 
 def build_parser():
     parser = common.build_parser(__doc__, "tokens", questions=(30, 10), eta="2|0.5-p|")
-    add = train.adder(parser.add_argument_group("what is shown"))
-    add("--order", default="gwhes", choices=["gwhes", "delta"], help="laziest question first, by Eq. 5, or by Eq. 2 "
+    add = flag_adder(parser.add_argument_group("what is shown"))
+    add("--order", default="gwhes", choices=["gwhes", "delta"], help="laziest question first, by Eq. 5, summed over "
+        "the correct responses, or by Eq. 2 "
         "after one GRPO update by plain SGD on this question alone")
     add("--lr", type=float, default=1e-3, help="step size of that update")
     add("--text", action="store_true", help="also print the groups")
-    parser.set_defaults(optimizer="sgd")                                       # of lld.updated_likelihoods
     return parser
 
 
 def main(argv=None):
-    args = common.parse(build_parser(), argv)
+    args = common.parse_flags(build_parser(), argv)
     for name, expected, valid in (("lr", "finite and above 0", 0 < args.lr < math.inf),
                                   ("beta", "finite", math.isfinite(args.beta))):
         if not valid:
-            train.fail(f"--{name} must be {expected}, got {getattr(args, name)}")
+            fail(f"--{name} must be {expected}, got {getattr(args, name)}")
     try:
         nthr_eta(0.5, args.eta)
     except ValueError as error:
-        train.fail(f"--eta: {error}")
+        fail(f"--eta: {error}")
     start = time.perf_counter()
-    model, tokenizer, problems, prompts = common.load(args)
+    model, tokenizer, problems, prompts = common.load_model_and_prompts(args)
     out = common.make_folder(args.out)
     groups, sampled = common.mixed_groups(model, tokenizer, problems, prompts, args)
     betas = list(dict.fromkeys([args.beta, 1.0, 0.1, 0.0]))                    # those of Table 4
     model = common.to_float64(model)
     initial = [parameter.detach().clone() for parameter in model.parameters()] if args.order == "delta" else None
-    views = [view(model, tokenizer, group, initial, betas, args)
+    views = [token_view(model, tokenizer, group, initial, betas, args)
              for group in tqdm(groups, desc="scoring tokens", unit=" questions")]
     views.sort(key=lambda group: group["numbers"]["delta"] if args.order == "delta" else -group["numbers"]["gwhes"])
     summary = summarise(views, sampled, betas)
@@ -457,7 +461,7 @@ def main(argv=None):
     common.write_json(out / "tokens.json", {**source, "summary": summary, "groups": [v["numbers"] for v in views]})
     common.write_csv(out / "tokens.csv", [{**row, "text": json.dumps(row["text"]), "note": plain(row["note"])}
                                           for group in views for row in group["rows"]])
-    picture(views, out / "tokens.png")
+    plot_labels(views, out / "tokens.png")
     if args.text:
         print(terminal(views, sys.stdout.isatty() and not os.environ.get("NO_COLOR")), end="\n\n")
     print("\n".join(sentences(summary, args.beta)))
