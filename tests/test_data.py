@@ -12,9 +12,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from helpers import ROOT, write
+import rollout
+from helpers import ROOT, run_here, small_flags, write
 from reward import math_reward
-from support import data
+from support import data, evaluate
 from support.data import (BENCHMARKS, TABLE_2, TRAINING_SETS, draw_questions, encode_prompt, encode_prompts,
                           load_eval_problems, load_function, load_problems, load_reward, split_problems, step_seed)
 
@@ -321,6 +322,33 @@ def test_every_epoch_draws_each_problem_once_in_a_new_order():
         batches = [draw_questions(22, start, batch_size, seed=0) for start in range(0, 66, batch_size)]
         assert sum(batches, [])[:66] == draws
     assert Counter(draw_questions(3, 0, 10, seed=0)).keys() == {0, 1, 2}       # a batch larger than the data
+
+
+def test_a_run_visits_every_problem_once_per_epoch_and_held_out_ones_never(tmp_path, monkeypatch):
+    """22 of 24 problems train, 11 a step. --seed decides their order, and each step samples with a seed of its own."""
+    source = small_flags(tmp_path)[1]
+    drawn, evaluated, seeds, original = [], [], [], rollout.generate
+
+    def recording(model, tokenizer, prompts, group_size, max_new_tokens, temperature, seed, *args, **kwargs):
+        drawn.extend(map(tuple, prompts))
+        seeds.append(seed)
+        return original(model, tokenizer, prompts, group_size, max_new_tokens, temperature, seed, *args, **kwargs)
+
+    def recording_greedy(model, tokenizer, prompts, *args, **kwargs):
+        evaluated.extend(map(tuple, prompts))
+        return original(model, tokenizer, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(rollout, "generate", recording)
+    monkeypatch.setattr(evaluate, "generate", recording_greedy)
+    for out, seed in (("a", 0), ("b", 1)):
+        run_here("--data", source, "--eval-size", 8, "--batch-size", 11, "--minibatch-size", 11, "--group-size", 2,
+                 "--steps", 4, "--max-new-tokens", 4, "--eval-every", 0, "--device", "cpu", "--dtype", "float32",
+                 "--seed", seed, "--out", tmp_path / out)
+    first, second, other = drawn[:22], drawn[22:44], drawn[44:66]
+    assert len(set(first)) == 22 and set(first) == set(second) == set(other)
+    assert first != second and first != other and len(drawn) == 88
+    assert len(set(evaluated)) == 2 and evaluated == evaluated[:2] * 4 and not set(evaluated) & set(first)
+    assert len(set(seeds)) == len(seeds) == 8
 
 
 def test_each_step_round_and_seed_samples_with_a_seed_of_its_own():

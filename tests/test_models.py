@@ -329,6 +329,22 @@ def test_names_of_files_and_weights_reach_the_terminal_of_the_script_with_escape
     assert result.stderr[:-1].isprintable()
 
 
+@pytest.mark.full
+def test_hostile_problems_in_a_training_run_reach_no_terminal(tmp_path, capfd):
+    rows = [{"problem": f"{EVIL}\r{row['problem']}", "answer": f"{EVIL}\r{row['answer']}"}
+            for row in tiny_rows("train.jsonl", 4)]
+    data = write(tmp_path / f"{EVIL}\rnumbers.json", json.dumps(rows))
+    flags = ["--data", data, "--eval-data", f"{data},{ROOT}/tiny/test.jsonl", "--eval-size", 2, "--steps", 1,
+             "--device", "cpu", "--dtype", "float32", "--batch-size", 2, "--minibatch-size", 2, "--group-size", 2]
+    run_here(*flags, "--max-new-tokens", 4, "--out", tmp_path / "run")
+    printed = "".join(capfd.readouterr())
+    assert f"{SHOWN}\\rnumbers.json" in printed and "\rnumbers" not in printed   # other \r are of tqdm's bar
+    assert [char for char in printed if not char.isprintable() and char not in "\n\t\r"] == []
+    context = json.loads((ROOT / "tiny" / "config.json").read_text())["max_position_embeddings"]
+    message = error_of(*flags, "--max-new-tokens", context, "--out", tmp_path / "other")
+    assert SHOWN in message and f"context of {context}" in message and message.isprintable()
+
+
 # --------------------------------------------------------------------------------------------------- 4. precision
 
 def test_dropout_of_any_name_is_off(tmp_path):
