@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nthr import NTHR, gwhes, nthr_advantages, nthr_eta, nthr_scores, nthr_scores_pairwise, nthr_threshold
 
@@ -134,14 +136,36 @@ def test_responses_is_eq7_with_the_other_columns_dropped():
                     close(nthr_scores(*args, temperature=temperature, **settings), right)
 
 
+class LargestTensor(TorchDispatchMode):
+    """`size`: the number of elements of the largest tensor that any operation returned while this was active."""
+
+    def __enter__(self):
+        self.size = 0
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.size = max([self.size] + [x.numel() for x in tree_leaves(result) if torch.is_tensor(x)])
+        return result
+
+
 def test_logprobs_leave_no_work_of_vocabulary_size():
     """With logprobs the rows of lm_head outside V*_x are not even read: they may be NaN."""
-    hidden, tokens, mask, correct, lm_head = group(1)
+    hidden, tokens, mask, correct, lm_head = args = group(1, V=997)
+    tokens %= 14
     logprobs = logprobs_of(hidden, tokens, lm_head)
-    expected = nthr_scores(hidden, tokens, mask, correct, lm_head)
-    unused = [v for v in range(len(lm_head)) if v not in set(tokens[mask].tolist())]
-    lm_head[unused] = math.nan
-    close(nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs=logprobs), expected)
+    expected = nthr_scores(*args)
+    lm_head[14:] = math.nan
+    close(nthr_scores(*args, logprobs=logprobs), expected)
+    close(nthr_advantages(torch.zeros(5, 7), *args, logprobs=logprobs).scores, expected)
+    half = hidden.bfloat16(), tokens, mask, correct, lm_head.bfloat16()        # a cast of it would be a tensor, too
+    with LargestTensor() as largest:
+        nthr_scores(*half, logprobs=logprobs, chunk_size=2)
+    assert largest.size < 997
+    for vocabulary in ("all", "responses"):
+        with LargestTensor() as largest:
+            nthr_scores(*half[:4], lm_head.nan_to_num(), vocabulary=vocabulary, chunk_size=2)
+        assert largest.size <= 997 * 6                                         # M⁺ or lm_head; T × V would be 14 · 997
 
 
 def test_half_precision_input_is_accumulated_in_float32():
@@ -236,6 +260,7 @@ def test_eta_rules():
     for rule, values in (("2|0.5-p|", [0.75, 0, 0.5, 1, 1]), ("p", [0.125, 0.5, 0.75, 0, 1]),
                          ("1-p", [0.875, 0.5, 0.25, 1, 0]), (0.3, [0.3] * 5), ("0.3", [0.3] * 5), (0, [0] * 5)):
         assert [nthr_eta(p, rule) for p in (0.125, 0.5, 0.75, 0, 1)] == pytest.approx(values), rule
+    assert nthr_eta(0.125) == 0.75
 
 
 def test_eta_refuses():
@@ -258,13 +283,14 @@ def test_algorithm_1():
     """Token by token in plain Python: Eq. 8 from Eq. 7's scores, η on the selected ones, nothing else touched."""
     chosen, left = 0, 0
     with cases() as case:
-        for seed, beta in ((0, 0.0), (1, 0.1), (2, 1.0), (3, 0.1), (4, 0.0), (5, 1.0), (6, None), (7, None)):
-            hidden, tokens, mask, correct, lm_head = args = group(seed, correct=[1, 0, 0, 0, 1])
-            settings, columns = {"beta": beta, "vocabulary": "all"}, None
-            if beta is None:                                                   # the defaults: β = 1, V*_x
+        for seed, beta, temperature in ((0, 0.0, 1.0), (1, 0.1, 0.6), (2, 1.0, 1.7), (3, 0.1, 1.0), (4, 0.0, 0.6),
+                                        (5, 1.0, 0.6), (6, None, 1.0), (7, None, 1.0)):
+            hidden, tokens, mask, correct, lm_head = args = group(seed, correct=[1, 0, 1, 0, 1])
+            settings, columns = {"beta": beta, "vocabulary": "all", "temperature": temperature}, None
+            if beta is None:                                                   # the defaults
                 settings, columns, beta = {}, sorted(set(tokens[mask].tolist())), 1.0
             advantages = advantages_of(correct, mask.shape[1])
-            scores, eta = eq7(*args, columns), 2 * abs(0.5 - 2 / 5)
+            scores, eta = eq7(*args, columns, temperature), 2 * abs(0.5 - 3 / 5)
             tau = beta * min(scores[i][mask[i]].mean() for i in range(5) if correct[i] and mask[i].any())
             negative = mask & ~correct.bool()[:, None]
             expected = torch.tensor([[bool(negative[j, k] and scores[j, k] > tau) for k in range(7)] for j in range(5)])
@@ -352,7 +378,8 @@ def test_bad_input_is_named():
                 ("hidden", lambda x: x[0], "hidden must be"), ("hidden", lambda x: x[..., :-1], "hidden must be"),
                 ("hidden", with_one(math.nan), "hidden holds NaN"), ("hidden", with_one(-math.inf), "or infinite"),
                 ("lm_head", lambda x: x.T, "lm_head"), ("tokens", lambda x: x[:, 1:], "advantages must have shape"),
-                ("tokens", lambda x: x + 99, "tokens must be"), ("tokens", lambda x: x - 99, "tokens must be rows"),
+                ("tokens", lambda x: x - x.min() - 1, "must be rows of lm_head, 0..22, got -1"),
+                ("tokens", lambda x: x.where(x < x[0, 0], 23), "must be rows of lm_head, 0..22, got .*23"),
                 ("mask", lambda x: x[1:], "mask must have shape"), ("mask", lambda x: x * 2, "mask must be bool"),
                 ("correct", lambda x: x[1:], "correct must have shape"),
                 ("correct", lambda x: x * 0.5, "correct must be bool or hold only 0 and 1, got 0.5"),

@@ -3,13 +3,11 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import (AutoModelForCausalLM, CohereConfig, FalconH1Config, Gemma2Config, GPT2Config, GraniteConfig,
                           LlamaConfig, PhiConfig, Qwen2Config)
 
 import grpo
-from test_nthr import cases
+from test_nthr import LargestTensor, cases
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              initializer_range=0.3, bos_token_id=None, eos_token_id=0, pad_token_id=0)
@@ -348,19 +346,6 @@ def test_a_head_that_is_no_linear_layer_is_refused():
     ids, mask, P = ragged_batch([3, 2], [2, 3])
     with pytest.raises(ValueError, match="no torch.nn.Linear but a Sequential"):
         grpo.response_logprobs(model, ids, mask, P)
-
-
-class LargestTensor(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation returns while this is active."""
-
-    def __enter__(self):
-        self.size = 0
-        return super().__enter__()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.size = max([self.size] + [x.numel() for x in tree_leaves(out) if torch.is_tensor(x)])
-        return out
 
 
 def test_no_tensor_of_all_logits_exists_in_forward_or_backward_and_none_is_kept_between(monkeypatch):
