@@ -20,9 +20,9 @@ FRAGMENTS = sorted([  # all that the parser knows, and what it does not; sorted,
     *reward.RELATIONS, *reward.UNITS, *reward.PLAIN, *reward.CLOSERS, *reward.ALIASES,
     *(name.lstrip("\\") for name in reward.DROPPED), *(name + "{" for name in reward.TEXT), "\\rfloor", "\\rceil",
     "{1\\over ", "{5\\choose ", "\\frac", "\\frac12", "\\frac{1}{", "\\sqrt", "\\sqrt[3]{", "\\sqrt[", "\\binom",
-    "\\binom{800}{400}", "\\pm", "\\cup", "\\{", "\\}", "\\\\", "^{", "_{", "\\left(", "\\right)", "\\left|", "\\boxed{",
-    "\\fbox", "\\begin{pmatrix}1&2", "\\end{pmatrix}", "\\begin{array}{cc}", "\\begin{vmatrix}", "\\\\[4pt]", "\\log_",
-    "\\sin^2 ", "\\tan^{-1}",
+    "\\binom{800}{400}", "\\pm", "\\cup", "\\{", "\\}", "\\\\", "^{", "_{", "\\left(", "\\right)", "\\left|",
+    "\\boxed{", "\\fbox", "\\begin{pmatrix}1&2", "\\end{pmatrix}", "\\begin{array}{cc}", "\\begin{vmatrix}",
+    "\\\\[4pt]", "\\log_", "\\sin^2 ", "\\tan^{-1}",
     "x \\in ", "f(x)=", "(-\\infty,2]", "0.\\overline{3}", "0.\\overline{", "\\overline{", "x_{12}", "12_5",
     "1,000", "1 000", "100,200", "3 1/2", "1\\frac12", " and ", " or ", "(C)", "III", "10:30", "miles per hour",
     "9" * 1000, "9" * 4400, "9^{9^9}", "2^{2000}", "899!", "1e999", "1e-999", "10^{400}", "10^{-320}", "0^0", "1/0",
@@ -181,6 +181,13 @@ def test_sets_of_pairs_still_have_no_order():
         pairs = [f"({k},{k * k})" for k in range(n)]
         assert is_equivalent(",".join(pairs), ",".join(pairs[::-1])), n
         assert not is_equivalent(",".join(pairs), ",".join([*pairs[:0:-1], "(0,1)"])), n
+
+
+def test_longer_lists_than_the_longest_without_order_are_compared_in_order():
+    for length, unordered in ((reward.MAX_UNORDERED, True), (reward.MAX_UNORDERED + 1, False)):
+        elements = [f"x+{k}" for k in range(length)]
+        assert is_equivalent(",".join(elements), ",".join(elements[::-1])) is unordered, length
+        assert is_equivalent(",".join(elements), ",".join(f"{k}+x" for k in range(length))), length
 
 
 def random_tree(rng, depth):
