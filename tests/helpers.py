@@ -126,3 +126,18 @@ def save_random_model(config, folder):
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(ROOT / "tiny").save_pretrained(folder)
     return folder
+
+
+def wrong_endings(main, cases):
+    """{flags: how main(flags) ended} of those `cases`, (flags, words), that did not end with one line with the words."""
+    wrong = {}
+    for flags, words in cases:
+        try:
+            main([str(flag) for flag in flags])
+            ending = "no error"
+        except SystemExit as stop:
+            ending = stop.code
+        one_line = isinstance(ending, str) and ending.startswith("error: ") and "\n" not in ending
+        if not (one_line and words in ending):
+            wrong[" ".join(map(str, flags))] = ending
+    return wrong
