@@ -353,7 +353,7 @@ def page(views, summary, source, args):
     order = "smallest Δ(x)" if args.order == "delta" else "largest GWHES (Eq. 5), summed over the correct responses"
     for title, rows in table(summary):
         lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-        bodies += f'<tbody><tr><th colspan="6" scope="rowgroup">{title}</th></tr>{lines}</tbody>'
+        bodies += f'<tbody><tr><th colspan="6" scope="rowgroup">{escape(title)}</th></tr>{lines}</tbody>'
     for group in views:
         numbers, problem, answer = group["numbers"], group["group"].problem, group["group"].answer
         number = numbers["question"]
@@ -369,7 +369,7 @@ def page(views, summary, source, args):
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <meta name="color-scheme" content="light"><title>Tokens that NTHR selects</title><style>{STYLE}</style></head>
 <body><main><h1>Which tokens of wrong answers does NTHR select?</h1>
-{"".join(f"<p>{line}</p>" for line in sentences(summary, args.beta))}
+{"".join(f"<p>{escape(line, quote=False)}</p>" for line in sentences(summary, args.beta))}
 {f"{TABLE}{bodies}</table>" if bodies else ""}
 {LEGEND}
 <nav><h2>Questions, laziest first: {order}</h2>

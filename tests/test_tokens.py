@@ -8,18 +8,18 @@ import json
 import math
 import re
 import statistics
-import subprocess
 import sys
 from argparse import Namespace
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-ROOT = Path(__file__).resolve().parents[1]
+from helpers import ROOT, wrong_endings
+
+pytest.importorskip("matplotlib")
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import common  # noqa: E402
@@ -28,7 +28,7 @@ from grpo import random_selection  # noqa: E402
 from nthr import nthr_scores_pairwise  # noqa: E402
 from rollout import Rollout  # noqa: E402
 
-FLAGS = ["--questions", "4", "--nthr-vocab", "all", "--seed", "1", "--device", "cpu"]
+SAMPLING = ["--seed", "1", "--max-sequences", "64", "--device", "cpu"]
 BETAS = (1.0, 0.1, 0.0)
 VOID = {"meta"}
 HOSTILE = ('<script>alert(1)</script></span></u><u title="s = 9">"onmouseover="alert(2)\' &amp;&lt; \x1b[31mred\x1b[0m '
@@ -124,21 +124,31 @@ def run(out, *flags, stdout=None):
             json.loads((out / "tokens.json").read_text(encoding="utf-8"), parse_constant=pytest.fail), rows)
 
 
-def sampled_again(flags):
-    args = common.parse(tokens.build_parser(), flags)
-    model, *loaded = common.load(args)
-    groups, _ = common.mixed_groups(model, *loaded, args)
-    return model, {group.index: group for group in groups}
+@pytest.fixture(scope="module")
+def sampled():
+    """What `common.mixed_groups` samples, run by run: {question: group}."""
+    kept, sample = [], common.mixed_groups
+
+    def keep(*args):
+        groups, questions = sample(*args)
+        kept.append({group.index: group for group in groups})
+        return groups, questions
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "mixed_groups", keep)
+        yield kept
 
 
 @pytest.fixture(scope="module")
-def sums(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("sums"), *FLAGS, "--text")
+def model():
+    return AutoModelForCausalLM.from_pretrained(ROOT / "tiny").eval()
 
 
 @pytest.fixture(scope="module")
-def again():
-    return sampled_again(FLAGS)
+def sums(tmp_path_factory, sampled):
+    """The script on four sums: what it printed and wrote."""
+    result = run(tmp_path_factory.mktemp("sums"), *SAMPLING, "--questions", 4, "--nthr-vocab", "all", "--text")
+    return *result, sampled[-1]
 
 
 def forward(model, group):
@@ -178,9 +188,9 @@ def test_the_page_is_well_formed_and_needs_neither_script_nor_network(sums):
     assert any(a.get("name") == "viewport" and "width=device-width" in a["content"] for _, a in page.tags)
 
 
-def test_tokens_add_up_to_the_sampled_responses_and_correct_ones_come_first(sums, again):
-    _, source, record, rows = sums
-    page, (_, groups) = Page(source), again
+def test_tokens_add_up_to_the_sampled_responses_and_correct_ones_come_first(sums):
+    _, source, record, rows, groups = sums
+    page = Page(source)
     texts = iter(page.responses)
     for i, numbers in enumerate(record["groups"]):
         group = groups[numbers["question"]]
@@ -200,7 +210,7 @@ def test_tokens_add_up_to_the_sampled_responses_and_correct_ones_come_first(sums
 
 
 def test_underlined_is_selected_is_above_tau_and_titles_and_shades_are_those_of_the_csv(sums):
-    _, source, record, rows = sums
+    _, source, record, rows, _ = sums
     shown = [part for _, parts in Page(source).responses for part in parts if part[0]]
     assert len(shown) == len(rows) == record["summary"]["negative_tokens"]
     tau = {group["question"]: group["tau"] for group in record["groups"]}
@@ -240,10 +250,9 @@ def test_text_has_contrast_on_every_shade_and_shades_grow_apart(sums):
 
 # -------------------------------------------------------------------------------------------------------- the numbers
 
-def test_s_pi_tau_eta_and_gwhes_are_those_of_the_definitions(sums, again):
+def test_s_pi_tau_eta_and_gwhes_are_those_of_the_definitions(sums, model):
     """π from full logits; one group's s pair by pair in float64, and τ, η, GWHES from these."""
-    _, _, record, rows = sums
-    model, groups = again
+    _, _, record, rows, groups = sums
     order = [group["gwhes"] for group in record["groups"]]
     assert order == sorted(order, reverse=True) and len(set(order)) == len(order)
     parts = responses_of(rows)
@@ -283,33 +292,33 @@ def counted(rows, record, name, beta):
     return len(chosen), both / len(chosen), both / len(right), chosen
 
 
-@pytest.mark.parametrize("name", ["right_as_written", "true_step", "on_path"])
-@pytest.mark.parametrize("population, limit", [("definitions", 1.1), ("definitions_unsure", 0.95)])
-def test_precision_recall_and_ranking_are_those_counted_from_the_csv(sums, name, population, limit):
-    printed, source, record, rows = sums
-    values = record["summary"][population][name]
-    rows = [row for row in rows if float(row["pi"]) < limit]
-    assert values["tokens"] == len(rows)
-    assert values["base_rate"] == pytest.approx(statistics.mean(int(row[name]) for row in rows))
-    assert set(values["betas"]) == set(map(str, BETAS))
-    for beta in BETAS:
-        mine, selected = values["betas"][str(beta)], counted(rows, record, name, beta)
-        assert (mine["selected"], mine["precision"], mine["recall"]) == pytest.approx(selected[:3])
-        cells = [f"{beta:g}", str(selected[0]), *(f"{100 * mine[key]:.1f}%" for key in
-                 ("precision", "random_precision", "recall", "random_recall"))]
-        assert "| " + " | ".join(cells) + " |" in printed
-        assert "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>" in source
-    ranks = []
-    for question in {row["question"] for row in rows}:
-        mine = [row for row in rows if row["question"] == question]
-        pairs = [(float(a["s"]), float(b["s"])) for a in mine for b in mine if (a[name], b[name]) == ("1", "0")]
-        ranks += [statistics.mean((a > b) + (a == b) / 2 for a, b in pairs)] if pairs else []
-    assert values["outscoring"] == pytest.approx(statistics.mean(ranks))
+def test_precision_recall_and_ranking_are_those_counted_from_the_csv(sums):
+    printed, source, record, all_rows, _ = sums
+    for population, limit in (("definitions", 1.1), ("definitions_unsure", 0.95)):
+        rows = [row for row in all_rows if float(row["pi"]) < limit]
+        for name in ("right_as_written", "true_step", "on_path"):
+            case, values = (population, name), record["summary"][population][name]
+            assert values["tokens"] == len(rows), case
+            assert values["base_rate"] == pytest.approx(statistics.mean(int(row[name]) for row in rows)), case
+            assert set(values["betas"]) == set(map(str, BETAS)), case
+            for beta in BETAS:
+                mine, selected = values["betas"][str(beta)], counted(rows, record, name, beta)
+                assert (mine["selected"], mine["precision"], mine["recall"]) == pytest.approx(selected[:3]), case
+                cells = [f"{beta:g}", str(selected[0]), *(f"{100 * mine[key]:.1f}%" for key in
+                         ("precision", "random_precision", "recall", "random_recall"))]
+                assert "| " + " | ".join(cells) + " |" in printed, case
+                assert "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>" in source, case
+            ranks = []
+            for question in {row["question"] for row in rows}:
+                mine = [row for row in rows if row["question"] == question]
+                pairs = [(float(a["s"]), float(b["s"])) for a in mine for b in mine if (a[name], b[name]) == ("1", "0")]
+                ranks += [statistics.mean((a > b) + (a == b) / 2 for a, b in pairs)] if pairs else []
+            assert values["outscoring"] == pytest.approx(statistics.mean(ranks)), case
 
 
 def test_random_is_the_mean_of_many_draws_of_random_selection(sums):
     """§5.3 as grpo.py draws it, 2000 times for each wrong response; 5 standard errors."""
-    _, _, record, rows = sums
+    _, _, record, rows, _ = sums
     draws = 2000
     for name in ("right_as_written", "true_step", "on_path"):
         hits = torch.zeros(draws)
@@ -364,31 +373,31 @@ STEPS = [
 ]
 
 
-@pytest.mark.parametrize("problem, steps", STEPS)
-def test_labels_of_responses_read_by_hand(problem, steps):
-    """One character per token and an EOS, then tokens of three characters that straddle the steps."""
-    terms = {"17+28-9": [17, 28, -9], "3-5-4": [3, -5, -4], "1+1": [1, 1]}[problem]
-    assert tokens.sum_terms(problem) == terms
-    response = "".join(text for text, *_ in steps)
-    expected = [tuple(label) for text, *label in steps for _ in text]
-    boxed = steps[-1][0].startswith("\\boxed") and steps[-1][1]
-    after = tuple(steps[-1][1:]) if boxed else (0, 0, 0)
-    assert tokens.label_tokens(terms, [*response, ""]) == [*expected, after]
-    triples = [response[i:i + 3] for i in range(0, len(response), 3)]
-    last = [min(i + 2, len(response) - 1) for i in range(0, len(response), 3)]
-    assert tokens.label_tokens(terms, [*triples, ""]) == [*(expected[i] for i in last), after]
-    parts = [part for char in response for part in ("", char)]                 # as if each character took two tokens
-    assert tokens.label_tokens(terms, parts) == [label for label in expected for _ in range(2)]
+def test_labels_of_responses_read_by_hand():
+    """One character per token and an EOS, then tokens of three characters that straddle the steps, then empty ones."""
+    for problem, steps in STEPS:
+        terms = {"17+28-9": [17, 28, -9], "3-5-4": [3, -5, -4], "1+1": [1, 1]}[problem]
+        assert tokens.sum_terms(problem) == terms
+        response = "".join(text for text, *_ in steps)
+        expected = [tuple(label) for text, *label in steps for _ in text]
+        boxed = steps[-1][0].startswith("\\boxed") and steps[-1][1]
+        after = tuple(steps[-1][1:]) if boxed else (0, 0, 0)
+        assert tokens.label_tokens(terms, [*response, ""]) == [*expected, after], response
+        triples = [response[i:i + 3] for i in range(0, len(response), 3)]
+        last = [min(i + 2, len(response) - 1) for i in range(0, len(response), 3)]
+        assert tokens.label_tokens(terms, [*triples, ""]) == [*(expected[i] for i in last), after], response
+        parts = [part for char in response for part in ("", char)]             # as if each character took two tokens
+        assert tokens.label_tokens(terms, parts) == [label for label in expected for _ in range(2)], response
 
 
-@pytest.mark.parametrize("problem", ["17", "-1+2", "1+2=", "1+x", "1 + 2", "1+2\n", "1++2", "1*2", "1+2?", "", "1+²"])
-def test_other_problems_are_no_sums(problem):
-    assert tokens.sum_terms(problem) is None
+def test_other_problems_are_no_sums():
+    problems = ("17", "-1+2", "1+2=", "1+x", "1 + 2", "1+2\n", "1++2", "1*2", "1+2?", "", "1+²")
+    assert [problem for problem in problems if tokens.sum_terms(problem) is not None] == []
 
 
 def test_labels_in_the_csv_are_those_of_the_arithmetic(sums):
     """Each step is read again here, by splitting instead of regular expressions."""
-    _, source, record, rows = sums
+    _, source, record, rows, _ = sums
     problems = {group["question"]: group["problem"] for group in record["groups"]}
     seen = set()
     for (question, _), part in responses_of(rows).items():
@@ -449,20 +458,20 @@ def byte_tokenizer(*merges, special=("<eos>", "<odd>&\"\x1b")):
 TEXTS = ["plain", "é", "x€y", "日本語 テスト", "👩‍🚀 done 👍🏽", "a\n\n b\t\tc  ", "\x1b[0m\u202e", "￼�", "मन्त्र ไทย עברית"]
 
 
-@pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("merges", [[], [(b"\xe2", b"\x82"), (b"x", b"\xe2"), (b"\xf0", b"\x9f"), (b" ", b" ")]])
-def test_bytes_of_a_character_show_it_once_in_the_token_that_completes_it(text, merges):
-    tokenizer = byte_tokenizer(*merges)
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    assert tokenizer.decode(ids) == text
-    written = [bytes([i]) if i < 256 else b"".join(merges[i - 256]) for i in ids]
-    assert b"".join(written).decode() == text
-    before = ""
-    for k, (piece, note) in enumerate(tokens.pieces(tokenizer, ids)):
-        complete = b"".join(written[:k + 1]).decode(errors="ignore")           # the characters that are complete by now
-        assert (piece, note) == (complete[len(before):], "" if complete != before else "part of a character")
-        before = complete
-    assert before == text
+def test_bytes_of_a_character_show_it_once_in_the_token_that_completes_it():
+    for merges in ([], [(b"\xe2", b"\x82"), (b"x", b"\xe2"), (b"\xf0", b"\x9f"), (b" ", b" ")]):
+        tokenizer = byte_tokenizer(*merges)
+        for text in TEXTS:
+            ids, case = tokenizer(text, add_special_tokens=False).input_ids, (text, merges)
+            assert tokenizer.decode(ids) == text, case
+            written = [bytes([i]) if i < 256 else b"".join(merges[i - 256]) for i in ids]
+            assert b"".join(written).decode() == text, case
+            before = ""
+            for k, found in enumerate(tokens.pieces(tokenizer, ids)):
+                complete = b"".join(written[:k + 1]).decode(errors="ignore")   # the characters that are complete by now
+                assert found == (complete[len(before):], "" if complete != before else "part of a character"), case
+                before = complete
+            assert before == text, case
 
 
 def test_special_added_nameless_and_invalid_tokens():
@@ -486,14 +495,15 @@ def test_sentencepiece_spaces_and_byte_fallback():
     assert "".join(text for text, _ in tokens.pieces(tokenizer, ids)) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("text, shown", [
-    ("a b", "a b"), (" ", "␣"), ("  ", "␣␣"), (" \n", "␣↵\n"), ("x\n", "x↵\n"), ("\t", "⇥"), ("\r", r"\x0D"),
-    ("\x1b[1m", r"\x1B[1m"), ("\x9b", r"\u009B"), ("\x00\x7f", r"\x00\x7F"),
-    ("\u202e\u2066\u200f", r"\u202E\u2066\u200F"),
-    ("\u200b\ufeff\u2028\u00a0", r"\u200B\uFEFF\u2028\u00A0"), ("\U000e0041", r"\U000E0041"), ("é日👍", "é日👍")])
-def test_what_cannot_be_seen_is_shown(text, shown):
-    assert tokens.plain(text) == shown
-    assert html.unescape(re.sub("</?(i|em)>", "", tokens.markup(text))) == shown
+def test_what_cannot_be_seen_is_shown():
+    for text, shown in (
+            ("a b", "a b"), (" ", "␣"), ("  ", "␣␣"), (" \n", "␣↵\n"), ("x\n", "x↵\n"), ("\t", "⇥"), ("\r", r"\x0D"),
+            ("\x1b[1m", r"\x1B[1m"), ("\x9b", r"\u009B"), ("\x00\x7f", r"\x00\x7F"),
+            ("\u202e\u2066\u200f", r"\u202E\u2066\u200F"),
+            ("\u200b\ufeff\u2028\u00a0", r"\u200B\uFEFF\u2028\u00A0"), ("\U000e0041", r"\U000E0041"),
+            ("é日👍", "é日👍")):
+        assert tokens.plain(text) == shown, repr(text)
+        assert html.unescape(re.sub("</?(i|em)>", "", tokens.markup(text))) == shown, repr(text)
 
 
 # ------------------------------------------------------------------------------------------------------ hostile texts
@@ -517,7 +527,7 @@ def hostile():
                       torch.tensor([True, True, True, False, True]), texts)
     group = common.Group(7, HOSTILE, HOSTILE + "7", rollout, torch.tensor([True, False, False, True, False]))
     args = Namespace(beta=0.0, eta="p", nthr_vocab="responses", temperature=1.0, order="gwhes", micro_batch_size=2)
-    return texts, tokens.view(model, tokenizer, group, None, [0.0, 1.0], args), args
+    return texts, tokens.token_view(model, tokenizer, group, None, [0.0, 1.0], args), args
 
 
 def test_hostile_texts_stay_text_on_the_page(hostile):
@@ -543,23 +553,23 @@ def test_hostile_texts_stay_text_on_the_page(hostile):
     assert raw == [] and "\ufffd" not in page.body
 
 
-@pytest.mark.parametrize("color", [False, True])
-def test_hostile_texts_stay_text_in_the_terminal(hostile, color):
+def test_hostile_texts_stay_text_in_the_terminal(hostile):
     _, view, _ = hostile
-    printed = tokens.terminal([view], color)
-    codes = re.findall(r"\x1b\[(?:30;48;2;\d+;\d+;\d+(?:;4)?|0)m", printed)
-    assert bool(codes) == color and len(codes) == 2 * color * len(view["rows"])
-    left = re.sub(r"\x1b\[(?:30;48;2;\d+;\d+;\d+(?:;4)?|0)m", "", printed)
-    assert not [char for char in left if not (char.isprintable() or char == "\n")]
-    starts = [line for line in left.split("\n") if line and not line.startswith("    ")]
-    assert [start.split(":")[0].split(" <")[0] for start in starts] == [
-        "question 7", "gold answer", "  correct response 0", "  correct response 3, cut off", "  incorrect response 1",
-        "  incorrect response 2", "  incorrect response 4"]
-    assert sum(";4m" in code for code in codes) == color * view["numbers"]["selected"]
+    for color in (False, True):
+        printed = tokens.terminal([view], color)
+        codes = re.findall(r"\x1b\[(?:30;48;2;\d+;\d+;\d+(?:;4)?|0)m", printed)
+        assert bool(codes) == color and len(codes) == 2 * color * len(view["rows"])
+        left = re.sub(r"\x1b\[(?:30;48;2;\d+;\d+;\d+(?:;4)?|0)m", "", printed)
+        assert not [char for char in left if not (char.isprintable() or char == "\n")]
+        starts = [line for line in left.split("\n") if line and not line.startswith("    ")]
+        assert [start.split(":")[0].split(" <")[0] for start in starts] == [
+            "question 7", "gold answer", "  correct response 0", "  correct response 3, cut off",
+            "  incorrect response 1", "  incorrect response 2", "  incorrect response 4"]
+        assert sum(";4m" in code for code in codes) == color * view["numbers"]["selected"]
 
 
 def test_the_terminal_brackets_the_selected_tokens(sums):
-    printed, _, record, rows = sums
+    printed, _, record, rows, _ = sums
     assert "\x1b" not in printed
     for (question, j), part in responses_of(rows).items():
         expected = "".join(f"⟦{text}⟧" if row["selected"] == "1" else text for row, text in
@@ -573,7 +583,7 @@ def test_the_terminal_brackets_the_selected_tokens(sums):
 # --------------------------------------------------------------------------------------- other data, Δ(x), and errors
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory):
+def other(tmp_path_factory, sampled):
     """Some problems that are sums and some that are not, with a checker of their own, by Δ(x), on a terminal."""
     folder = tmp_path_factory.mktemp("other")
     problems = [f"{n}*{n + 3}+2" for n in range(11, 23)] + ["27+38+15", "19+19-8", "36-17+25"]
@@ -581,14 +591,14 @@ def other(tmp_path_factory):
     (folder / "check.py").write_text("import zlib\n\n\ndef even(response, answer):\n"
                                      "    return zlib.crc32(response.encode()) % 2 == 0\n")
     flags = ["--data", str(folder / "data.jsonl"), "--reward", f"{folder / 'check.py'}:even", "--questions", "15",
-             "--order", "delta", "--lr", "0.01", "--device", "cpu"]
+             "--order", "delta", "--lr", "0.01", "--max-new-tokens", "40", "--device", "cpu"]
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("NO_COLOR", raising=False)
-        return flags, run(folder / "out", *flags, "--text", stdout=Terminal())
+        return flags, *run(folder / "out", *flags, "--text", stdout=Terminal()), sampled[-1]
 
 
 def test_other_problems_have_no_labels_and_a_line_says_so(other):
-    _, (printed, source, record, rows) = other
+    _, printed, source, record, rows, _ = other
     summary = record["summary"]
     known = {group["question"] for group in record["groups"] if "*" not in group["problem"]}
     others = len(record["groups"]) - len(known)
@@ -606,12 +616,11 @@ def test_other_problems_have_no_labels_and_a_line_says_so(other):
     assert summary["tokens_in_no_step"] == len(no_step)
 
 
-def test_the_order_is_that_of_one_sgd_update_written_out(other):
+def test_the_order_is_that_of_one_sgd_update_written_out(other, model):
     """Eq. 1 at θ_old as Σ Â ln π / Σ|y|, a step along its gradient, and Eq. 2, all from full logits in float64."""
-    flags, (printed, _, record, _) = other
+    _, printed, _, record, _, groups = other
     deltas = [group["delta"] for group in record["groups"]]
     assert deltas == sorted(deltas) and len(set(deltas)) == len(deltas) > 3
-    model, groups = sampled_again(flags)
     for numbers in (record["groups"][0], record["groups"][-1]):
         group, moved = groups[numbers["question"]], copy.deepcopy(model).double()
         mask, correct = group.rollout.response_mask, group.correct
@@ -632,8 +641,9 @@ def test_the_order_is_that_of_one_sgd_update_written_out(other):
         assert f"Δ(x) = {numbers['delta']:.3e}" in printed
 
 
+@pytest.mark.full
 def test_colors_only_on_a_terminal_and_without_no_color(other, tmp_path, monkeypatch):
-    flags, (printed, _, _, _) = other
+    flags, printed, *_ = other
     assert "\x1b[" in printed
     monkeypatch.setenv("NO_COLOR", "1")
     plain = run(tmp_path, *flags, "--text", stdout=Terminal())[0]
@@ -642,7 +652,7 @@ def test_colors_only_on_a_terminal_and_without_no_color(other, tmp_path, monkeyp
 
 
 def test_without_any_sum_the_page_has_no_table(other, tmp_path):
-    flags, _ = other
+    flags, *_ = other
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"problem": f"{n}*{n + 3}+2", "answer": "1"}) + "\n" for n in range(11, 23)))
     printed, source, record, rows = run(tmp_path / "out", "--data", data, *flags[2:4], "--questions", 1)
@@ -651,17 +661,16 @@ def test_without_any_sum_the_page_has_no_table(other, tmp_path):
     assert not [title for _, title in Page(source).sups if title]
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--beta", "nan"], "--beta"), (["--beta=-inf"], "--beta"), (["--eta", "2"], "--eta"), (["--lr", "0"], "--lr"),
-    (["--micro-batch-size", "0"], "--micro-batch-size"), (["--questions", "0"], "--questions")])
-def test_bad_flags_end_with_one_line(flags, message, tmp_path):
-    with pytest.raises(SystemExit) as caught:
-        tokens.main([*flags, "--out", str(tmp_path / "out")])
-    assert caught.value.code.startswith("error: ") and message in caught.value.code and "\n" not in caught.value.code
+def test_bad_flags_end_with_one_line(tmp_path):
+    flags = (("--beta", "nan"), ("--beta=-inf",), ("--eta", "2"), ("--lr", "0"), ("--micro-batch-size", "0"),
+             ("--questions", "0"))
+    assert not wrong_endings(lambda flags: tokens.main([*flags, "--out", str(tmp_path / "out")]),
+                             [(case, case[0].split("=")[0]) for case in flags])
     assert not (tmp_path / "out").exists()
 
 
-def test_help_from_another_folder(tmp_path):
-    result = subprocess.run([sys.executable, ROOT / "experiments" / "tokens.py", "--help"], cwd=tmp_path, text=True,
-                            capture_output=True, timeout=120, encoding="utf-8")
-    assert result.returncode == 0 and "--order" in result.stdout and "Figure 3" in result.stdout, result.stderr
+def test_help(capsys):
+    with pytest.raises(SystemExit) as caught:
+        tokens.main(["--help"])
+    printed = capsys.readouterr().out
+    assert caught.value.code == 0 and "--order" in printed and "Figure 3" in printed
