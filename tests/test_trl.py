@@ -498,15 +498,17 @@ def test_a_model_takes_init_kwargs(monkeypatch, own_model):
 
 
 def test_help_shows_the_defaults_that_are_used(monkeypatch, capsys):
-    for flags, wanted in (([], ("0.0001", "50", "math")), (["--model", "some/model"], ("5e-07", "210", "math"))):
+    names = "--learning_rate", "--max_steps", "--reward", f"--{CHECKPOINTING}"
+    for flags, wanted in (([], ("0.0001", "50", "math", "False")),
+                          (["--model", "some/model"], ("5e-07", "210", "math", "True"))):
         monkeypatch.setattr(sys, "argv", ["trl_nthr.py", *flags, "--help"])
         with pytest.raises(SystemExit) as caught:
             trl_nthr.main()
         text = " ".join(capsys.readouterr().out.split())
         assert caught.value.code == 0
-        for flag, value in zip(("--learning_rate", "--max_steps", "--reward"), wanted):
-            shown = text.split("options: ")[1].split(f" {flag} {flag[2:].upper()}")[1].split("(default: ")[1]
-            assert shown.startswith(f"{value})"), (flag, shown[:40])
+        for name, value in zip(names, wanted):
+            shown = text.split("options: ")[1].split(f" {name} ")[1].split("(default: ")[1]
+            assert shown.startswith(f"{value})"), (name, shown[:40])
 
 
 @full
