@@ -1,7 +1,8 @@
 """What a run promises when something goes wrong: it is killed, stopped, out of disk, or given damaged or forged files.
 
 Faults are injected into small runs of a random model whose reward is right about half of the time. The yardstick is
-the same run without a fault, `whole`. Running out of memory is in test_memory.py."""
+the same run without a fault, `whole`. Running out of memory is in test_memory.py; flags of a resumed run, and files
+that only its config.json names, are in test_flags.py."""
 import ast
 import itertools
 import json
@@ -35,7 +36,7 @@ import nthr
 import rollout
 from helpers import (ENVIRONMENT, ROOT, SIZES, assert_same_run, command, error_of, metrics_of, read_lines, run,
                      run_here, same_weights, save_random_model, small_flags, weights_of, write)
-from support import checkpoint, data, errors, evaluate, flags, memory, models
+from support import checkpoint, data, errors, evaluate, memory, models
 from support.checkpoint import Progress, checkpoints, load_progress, lock_folder, read_progress, save_checkpoint
 
 resource = pytest.importorskip("resource")                                     # Linux and macOS
@@ -317,8 +318,7 @@ def test_a_kill_before_any_file_operation_of_saving_leaves_whole_checkpoints(sma
 # ---------------------------------------------------------------------------------------------- 2. Ctrl-C and SIGTERM
 
 def test_a_signal_finishes_the_step_and_saves_it_and_a_second_one_ends_at_once(small, whole, processes, tmp_path):
-    for number, times, code, reached in ((CTRL_C, 1, 130, 3), (TERM, 1, 143, 3), (CTRL_C, 2, 130, 2),
-                                         (TERM, 2, 143, 2)):
+    for number, times, code, reached in ((CTRL_C, 1, 130, 3), (TERM, 1, 143, 3), (CTRL_C, 2, 130, 2)):
         case, folder = f"signal {number}, {times} times", tmp_path / f"{number}-{times}"
         ended, printed = child_code(processes, tmp_path, [*small, "--out", folder], send_at, "grpo", "grpo_loss", 3,
                                     number, times)
@@ -330,8 +330,8 @@ def test_a_signal_finishes_the_step_and_saves_it_and_a_second_one_ends_at_once(s
         assert_same_run(folder, whole)
 
 
-def test_a_signal_while_a_run_is_loaded_leaves_nothing_behind(small, tmp_path, monkeypatch, capfd):
-    act_at(monkeypatch, models, "load_model", 0, lambda: os.kill(os.getpid(), CTRL_C))
+def test_ctrl_c_while_a_run_is_loaded_leaves_nothing_behind(small, tmp_path, monkeypatch, capfd):
+    act_at(monkeypatch, models, "load_model", 0, lambda: signal.default_int_handler(CTRL_C, None))
     assert exit_code(*small, "--out", tmp_path / "run") == 130
     assert "interrupted before there was a result" in capfd.readouterr().err and not (tmp_path / "run").exists()
 
@@ -598,58 +598,11 @@ def test_a_run_continues_from_the_older_checkpoint_when_a_damaged_one_is_moved_a
     assert_same_run(folder, whole)
 
 
-def test_resume_takes_the_runs_own_flags_and_only_those_that_change_nothing_may_differ(small, whole, tmp_path):
-    resume = ["--resume", str(whole), *reward_of(small)]
-    for changed in (["--lr", "0.5"], ["--method", "grpo"], ["--seed", "1"], ["--batch-size", "8"], ["--kl-coef", "0"],
-                    ["--data", "math"], ["--temperature", "0.5"], ["--dtype", "bfloat16"]):
-        with pytest.raises(SystemExit) as caught:
-            flags.parse_args("", [*resume, *changed])
-        recorded = json.loads((whole / "config.json").read_text())[changed[0][2:].replace("-", "_")]
-        for part in (*changed, str(recorded), "--resume"):
-            assert part in caught.value.code, (changed, caught.value.code)
-    changed = ["--steps", "7", "--eval-every", "3", "--save-every", "4", "--keep-checkpoints", "1", "--device", "cpu",
-               "--micro-batch-tokens", "99", "--micro-batch-size", "9", "--max-sequences", "3",
-               "--gradient-checkpointing"]
-    args = flags.parse_args("", [*resume, *changed])
-    assert (args.steps, args.eval_every, args.save_every, args.keep_checkpoints) == (7, 3, 4, 1)
-    assert (args.micro_batch_tokens, args.micro_batch_size, args.max_sequences) == (99, 9, 3)
-    assert args.gradient_checkpointing and (args.lr, args.batch_size, args.kl_coef) == (1e-3, 4, 0.1)
-    with pytest.raises(SystemExit) as caught:
-        flags.parse_args("", ["--resume", str(tmp_path)])
-    assert f"{tmp_path} holds no run" in caught.value.code
-
-
-def test_a_folder_that_holds_a_run_is_not_overwritten(small, whole):
-    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
-    message = error_of(*small, "--out", whole)
-    assert f"--resume {whole}" in message and "--out" in message
-    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
-
-
-def test_code_that_only_a_runs_folder_names_is_not_run(small, whole, tmp_path):
-    for flag, body in (("reward", "def f(response, answer):\n    return 1\n"),
-                       ("method", "def f(advantages, *rest):\n    return advantages\n")):
-        folder, harm = stopped_copy(whole, tmp_path / flag), tmp_path / f"{flag}-harm"
-        source = f"{write(folder / 'evil.py', f'open({str(harm)!r}, chr(119))' + chr(10) + body)}:f"
-        config = json.loads((folder / "config.json").read_text())
-        write(folder / "config.json", json.dumps({**config, "reward": "math", flag: source}))
-        message = error_of("--resume", folder)
-        assert f"add --{flag} {source} if you trust it" in message and not harm.exists(), flag
-        flags.parse_args("", ["--resume", str(folder), f"--{flag}", source])
-        assert harm.exists(), flag
-
-
-def test_a_forged_pickle_runs_nothing(small, whole, tmp_path):
+def test_a_forged_trainer_state_runs_nothing(small, whole, tmp_path):
     folder, harm = stopped_copy(whole, tmp_path / "run"), tmp_path / "harm"
     path = folder / "checkpoint" / "trainer.pt"
     torch.save({**torch.load(path, weights_only=True), "rng": Harm(harm)}, path)
     assert str(path) in error_of("--resume", folder, *reward_of(small)) and not harm.exists()
-    model = shutil.copytree(small[small.index("--model") + 1], tmp_path / "model")
-    (model / "model.safetensors").unlink()
-    torch.save(Harm(harm), model / "pytorch_model.bin")
-    message = error_of(*small, "--model", model, "--out", tmp_path / "other")
-    assert f"{model} holds pickled weights only (pytorch_model.bin)" in message and "can run any code" in message
-    assert not harm.exists() and not (tmp_path / "other").exists()
     torch.load(path, weights_only=False)                                       # it would have
     assert harm.exists()
 
@@ -993,15 +946,6 @@ def test_no_file_runs_code_from_data_or_fetches_what_may_change():
             found |= {(name, what) for what in dangers(path.read_text(encoding="utf-8"))}
     assert found == {("support/data.py", "import runpy"),                      # the user's own --reward or --method
                      ("examples/trl_nthr.py", "a model without use_safetensors=True")}     # its `options` hold it
-
-
-@pytest.mark.full
-def test_all_that_is_downloaded_comes_from_a_fixed_commit():
-    urls = [url for url, _ in {**data.TABLE_2, **data.BENCHMARKS}.values()] + [
-        url for url, _ in data.TRAINING_SETS.values()]
-    assert len(set(urls)) == 8
-    for url in urls:
-        assert re.fullmatch(WEB + r"raw\.githubusercontent\.com/[\w.-]+/[\w.-]+/[0-9a-f]{40}/[\w./-]+", url), url
 
 
 REQUIREMENTS = ("requirements.txt", "experiments/requirements.txt", "examples/requirements.txt")
