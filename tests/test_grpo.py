@@ -324,15 +324,22 @@ def test_a_head_with_a_bias_is_scored_with_it_and_its_gradient_is_that_of_autogr
                         torch.testing.assert_close(result[name], gradient)
 
 
-def test_in_bfloat16_autocast_the_gradient_is_that_of_float32_up_to_rounding():
+def test_in_bfloat16_autocast_the_gradient_is_that_of_float32_up_to_rounding(monkeypatch):
     """bfloat16 rounds each product to 0.4%; sums over chunks are kept in float32."""
+    monkeypatch.setattr(grpo, "LOGITS_AT_ONCE", 61 * 5)                         # 12 tokens in chunks of 5
     model = tiny_model("llama untied")
     ids, mask, P = ragged_batch([5, 2, 3], [4, 6, 2])
     both = []
     for enabled in (False, True):
         model.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            grpo.response_logprobs(model, ids, mask, P).sum().backward()
+            logprobs, hidden = grpo.response_logprobs(model, ids, mask, P, return_hidden=True)
+            logits = model.lm_head(hidden)                                      # in bfloat16, if enabled
+            assert logits.dtype == grpo.compute_dtype(model) == (torch.bfloat16 if enabled else torch.float32)
+        assert logprobs.dtype == torch.float32
+        expected = torch.log_softmax(logits.float(), -1).gather(2, ids[:, P:, None])[..., 0] * mask[:, P:]
+        close(logprobs, expected)                                               # a float32 head is off by 0.01
+        logprobs.sum().backward()
         both.append({name: p.grad.clone() for name, p in model.named_parameters()})
     for name, exact in both[0].items():
         assert both[1][name].dtype == torch.float32
@@ -340,10 +347,12 @@ def test_in_bfloat16_autocast_the_gradient_is_that_of_float32_up_to_rounding():
     assert not both[0]["lm_head.weight"].equal(both[1]["lm_head.weight"])
 
 
-def test_a_head_that_is_no_linear_layer_is_refused():
+def test_a_head_that_is_no_linear_layer_and_a_prompt_without_a_token_are_refused():
     model = tiny_model("llama untied")
-    model.lm_head = torch.nn.Sequential(model.lm_head)
     ids, mask, P = ragged_batch([3, 2], [2, 3])
+    with pytest.raises(ValueError, match="prompt_length must be at least 1 .*got 0"):
+        grpo.response_logprobs(model, ids, mask, 0)
+    model.lm_head = torch.nn.Sequential(model.lm_head)
     with pytest.raises(ValueError, match="no torch.nn.Linear but a Sequential"):
         grpo.response_logprobs(model, ids, mask, P)
 
