@@ -618,14 +618,16 @@ def test_a_second_process_on_the_same_folder_refuses_until_the_first_is_gone(sma
     first = processes.Process(target=in_child, daemon=True, args=(
         tmp_path / "printed.txt", [*small, "--out", folder], stay_in_the_first_evaluation, (ready,)))
     first.start()
-    assert ready.wait(60)
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert f"another process is writing to {folder}" in error_of("--resume", folder, *reward_of(small))
-    assert "already holds a run" in error_of(*small, "--out", folder)
-    assert "another process" in error_of("--eval-only", "--eval-size", 1, "--out", folder)
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-    first.kill()
-    first.join()
+    try:
+        assert ready.wait(60)
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+        assert f"another process is writing to {folder}" in error_of("--resume", folder, *reward_of(small))
+        assert "already holds a run" in error_of(*small, "--out", folder)
+        assert "another process" in error_of("--eval-only", "--eval-size", 1, "--out", folder)
+        assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    finally:
+        first.kill()
+        first.join()
     run_here("--resume", folder, *reward_of(small))                            # the lock died with its process
     assert_same_run(folder, whole)
 
