@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-ROOT = Path(__file__).resolve().parents[1]
+from helpers import ENVIRONMENT, ROOT, run_here, wrong_endings
+from support.data import TINY, encode_prompts, load_problems, load_reward
+
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import overhead  # noqa: E402
-from common import train  # noqa: E402
 
-TINY = str(train.TINY)
 SIZES = ["--batch-size", "2", "--group-size", "4", "--max-new-tokens", "8", "--repetitions", "3", "--device", "cpu"]
 SMALL = (2, 32, 4, 2, 48)      # layers, d, heads, key-value heads, intermediate size
 
@@ -23,6 +23,8 @@ SMALL = (2, 32, 4, 2, 48)      # layers, d, heads, key-value heads, intermediate
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for name in ("HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES"):                    # for programs that the script starts
+        monkeypatch.setenv(name, ENVIRONMENT[name])
 
 
 @pytest.fixture
@@ -35,14 +37,6 @@ def run(*flags):
     """The record that the script writes."""
     overhead.main([*SIZES, *map(str, flags), "--out", "out"])
     return json.loads(Path("out/overhead.json").read_text(encoding="utf-8"))
-
-
-def error_of(*flags):
-    with pytest.raises(SystemExit) as caught:
-        overhead.main([*SIZES, *map(str, flags), "--out", "out"])
-    assert isinstance(caught.value.code, str) and caught.value.code.startswith("error: ")
-    assert "\n" not in caught.value.code
-    return caught.value.code
 
 
 def check_ratio(found, values):
@@ -75,13 +69,10 @@ def test_peak_bytes_counts_from_what_was_held_and_inside_operations():
     assert held.grad is not None
 
 
-@pytest.mark.parametrize("exponent", [0.5, 1, 2])
-def test_growth_of_a_power_law_is_its_exponent(exponent):
+def test_growth_is_the_exponent_of_a_power_law_over_the_larger_half():
     sizes = [256, 512, 1024, 2048, 4096, 8192, 16384]
-    assert overhead.growth(sizes, [3e-5 * size ** exponent for size in sizes]) == pytest.approx(exponent)
-
-
-def test_growth_looks_at_the_larger_half():
+    for exponent in (0.5, 1, 2):
+        assert overhead.growth(sizes, [3e-5 * size ** exponent for size in sizes]) == pytest.approx(exponent)
     # of 5 sizes the last three, where the values triple with the size; before that they are constant
     assert overhead.growth([4, 8, 16, 48, 144], [1, 1, 1, 3, 9]) == pytest.approx(1)
     assert overhead.growth([4, 8], [1, 4]) == pytest.approx(2)
@@ -107,7 +98,7 @@ def test_interleaved_turns_round_every_second_time_and_drops_the_warm_up():
 
 
 def test_the_reward_is_right_every_second_time_and_train_py_can_load_it():
-    reward = train.load_reward(f"{overhead.__file__}:alternating")
+    reward = load_reward(overhead.REWARD)
     found = [reward("the same response", "1") for _ in range(12)]
     assert found == [1.0, 0.0] * 6 or found == [0.0, 1.0] * 6
 
@@ -118,24 +109,24 @@ def test_lengths_count_the_first_stop_token_by_hand():
     assert overhead.lengths_until(responses, []).tolist() == [4, 4, 4, 4]
 
 
-@pytest.mark.parametrize("stop_ids", [[], [1], list(range(0, 100, 3))])
-def test_the_librarys_sampler_gets_our_stop_ids_and_nothing_of_the_models_own(stop_ids, monkeypatch):
+def test_the_librarys_sampler_gets_our_stop_ids_and_nothing_of_the_models_own(monkeypatch):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(TINY), AutoTokenizer.from_pretrained(TINY)
     model.generation_config, seen = GenerationConfig(), []
     inner = model.generate
     monkeypatch.setattr(model, "generate", lambda *a, **k: seen.append(inner(*a, **k)) or seen[-1])
-    prompts = train.encode_prompts(train.load_problems(train.TINY / "train.jsonl")[:3], tokenizer, model, 6)
+    prompts = encode_prompts(load_problems(TINY / "train.jsonl")[:3], tokenizer, model.config, 6)
     args = SimpleNamespace(max_new_tokens=6, group_size=4, max_sequences=8, device="cpu")
     torch.manual_seed(0)
-    tokens = overhead.library_generate(model, tokenizer, prompts, stop_ids, args)
-    assert [len(part) for part in seen] == [8, 4]                              # at most 8 rows at a time, all 12
-    expected = 0
-    for part, width in zip(seen, (max(map(len, prompts[:2])), len(prompts[2]))):
-        for row in part[:, width:].tolist():
-            length = next((k + 1 for k, token in enumerate(row) if token in stop_ids), len(row))
-            assert row[length:] == [0] * (len(row) - length)                   # padding: it has stopped
-            expected += length
-    assert tokens == expected and (stop_ids or tokens == 12 * 6)
+    for stop_ids in ([], [1], list(range(0, 100, 3))):
+        seen.clear()
+        tokens, expected = overhead.library_generate(model, tokenizer, prompts, stop_ids, args), 0
+        assert [len(part) for part in seen] == [8, 4]                          # at most 8 rows at a time, all 12
+        for part, width in zip(seen, (max(map(len, prompts[:2])), len(prompts[2]))):
+            for row in part[:, width:].tolist():
+                length = next((k + 1 for k, token in enumerate(row) if token in stop_ids), len(row))
+                assert row[length:] == [0] * (len(row) - length), stop_ids     # padding: it has stopped
+                expected += length
+        assert tokens == expected and (stop_ids or tokens == 12 * 6), stop_ids
 
 
 def test_a_random_model_has_the_parameters_of_its_shape(small_shapes):
@@ -185,38 +176,67 @@ def test_the_loss_is_compared_only_if_it_is_the_same(monkeypatch):
         overhead.check_equal(model, ids, 8)
 
 
-def test_step_measures_the_phases_of_train_py(capsys):
+@pytest.mark.parametrize("as_program", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_train_py_is_measured_without_its_first_step(as_program, monkeypatch):
+    """The metrics are those of steps 2 and 3. As a program of its own, train.py has to find what the reward imports."""
+    if not as_program:                                                         # the same flags, without the imports
+        monkeypatch.setattr(overhead.subprocess, "run", lambda command, **_: run_here(*command[2:]) or SimpleNamespace(
+            returncode=0))
+    args = overhead.parse_args([*SIZES, "--out", "out"])
+    steps = overhead.train_metrics(args, "grpo", 2, "--lr=1e-3")
+    logged = [json.loads(line) for line in Path("out/train-grpo/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in logged] == [0, 1, 2, 3] and steps == logged[2:]
+    config = json.loads(Path("out/train-grpo/config.json").read_text())
+    assert (config["method"], config["lr"], config["reward"]) == ("grpo", 1e-3, overhead.REWARD)
+    assert (config["batch_size"], config["minibatch_size"], config["max_new_tokens"]) == (2, 2, 8)
+    for step in steps:
+        assert (step["questions"], step["groups_kept"], step["updates"], step["success_rate"]) == (2, 2, 1, 0.5)
+        assert step["seconds"]["data_generation"] > 0 and step["seconds"]["likelihood_change"] == 0
+        assert overhead.step_seconds(step) == pytest.approx(
+            sum(value for phase, value in step["seconds"].items() if phase != "evaluation"))
+    assert "evaluation" in steps[-1]["seconds"] and not Path("out/train-grpo/checkpoint").exists()
+
+
+def test_step_sums_up_what_train_py_measured(monkeypatch, capsys):
+    """Table 3 from invented seconds: of 2, 0.5 and 1% of a step, 1% is the median."""
+    def metrics(args, method, steps):
+        assert (method, steps) == ("nthr", 3)
+        return [{"seconds": {"data_generation": 60 - nthr, "nthr": nthr, "old_probabilities": 0.0, "reference": 10.0,
+                             "model_update": 30.0, "likelihood_change": 0.0, "evaluation": 7.0}}
+                for nthr in (2, 0.5, 1)]
+
+    monkeypatch.setattr(overhead, "train_metrics", metrics)
     record = run("step")
     result = record["results"]["step"]
-    assert list(record["results"]) == ["step"] and len(result["measured"]) == 3
-    for seconds in result["measured"]:
-        assert set(seconds) == {"data_generation", "old_probabilities", "nthr", "model_update"}
-        assert all(value > 0 for value in seconds.values())
-    check_ratio(result["ratios"][0], [s["nthr"] / sum(s.values()) for s in result["measured"]])
+    assert list(record["results"]) == ["step"] and [m["nthr"] for m in result["measured"]] == [2, 0.5, 1]
+    check_ratio(result["ratios"][0], [0.02, 0.005, 0.01])
     assert result["ratios"][0]["goal"] == "<= 0.03"
     printed = capsys.readouterr().out
-    assert "| nthr |" in printed and "| 22 | 4.2% |" in printed and "| 522 |" in printed
+    assert "| nthr | 1.0000 | 0.5000 – 2.0000 | 1.00% | 22 | 4.2% |" in printed
+    assert "| old_probabilities | 0.0000 | 0.0000 – 0.0000 | 0.00% | 55 | 10.5% |" in printed
+    assert "| total | 100.0000 | 100.0000 – 100.0000 |  | 522 |  |" in printed
     assert record["seed"] == 0 and record["processor"] and record["sizes"]["batch_size"] == 2
 
 
 def test_scores_of_every_variant_and_size():
-    result = run("scores", "--score-tokens", 16, 32, 64)["results"]["scores"]
+    result = run("scores", "--score-tokens", 16, 32)["results"]["scores"]
     variants = ["all", "responses", "responses, logprobs", "pairwise"]
     assert sorted((row["variant"], row["tokens"]) for row in result["measured"]) == sorted(
-        (variant, size) for variant in variants for size in (16, 32, 64))
+        (variant, size) for variant in variants for size in (16, 32))
     V, d = 100, 128                                                            # of the embedded model
     for row in result["measured"]:
         N, U = row["tokens"], row["ids"]
-        numbers = {"all": N * V + V * d, "responses": N * V + U * d, "responses, logprobs": N * U + U * d,
-                   "pairwise": N * V}[row["variant"]] + N * d                  # N < 512: one chunk
+        numbers = {"all": N * V + V * d + N * d, "responses": N * V + U * d + N * d,           # N < 512: one chunk
+                   "responses, logprobs": N * U + U * d + N * d, "pairwise": N * V}[row["variant"]]
         assert row["bound_bytes"] == 4 * numbers and 1 < row["peak_bytes"] / row["bound_bytes"] < 4
         assert len(row["seconds"]) == 3 and min(row["seconds"]) > 0
     assert [r["ratio"] for r in result["ratios"]] == [
         f"{name}, {variant}" for variant in variants[:3] for name in ("growth with N", "peak / bound at any N")]
     peaks = {(row["variant"], row["tokens"]): row["peak_bytes"] / row["bound_bytes"] for row in result["measured"]}
-    check_ratio(result["ratios"][1], [max(peaks["all", size] for size in (16, 32, 64))])
+    check_ratio(result["ratios"][1], [max(peaks["all", size] for size in (16, 32))])
 
 
+@pytest.mark.full
 def test_sampling_at_stops_and_at_a_fixed_length():
     result = run("sampling", "--max-new-tokens", 48)["results"]["sampling"]
     for name, found in zip(("stops", "fixed length"), result["ratios"]):
@@ -237,8 +257,8 @@ def test_loss_at_a_small_vocabulary(small_shapes):
     assert measured["peak_bytes"][naive] > 3 * 4 * 2 * 24 * 500
 
 
-def test_a_shape_replaces_the_model(small_shapes):
-    record = run("sampling", "--shape", "0.5B")
+def test_sampling_from_a_shape_that_replaces_the_model(small_shapes):
+    record = run("sampling", "--shape", "0.5B", "--repetitions", 1)
     assert record["sizes"]["shape"] == "0.5B" and Path("out/0.5B/config.json").is_file()
     for tokens, _ in record["results"]["sampling"]["measured"]["fixed length"]["model.generate"]:
         assert tokens == 2 * 4 * 8
@@ -252,6 +272,8 @@ def test_without_trl_one_line_says_how_to_install_it(monkeypatch, capsys):
     assert result["not_run"] in capsys.readouterr().out
 
 
+@pytest.mark.full
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_trl_makes_as_many_steps_of_the_same_size(capsys):
     pytest.importorskip("trl")
     result = run("trl", "--trl-rows", 4, "--repetitions", 2)["results"]["trl"]  # the second ends with a step of ours
@@ -264,18 +286,24 @@ def test_trl_makes_as_many_steps_of_the_same_size(capsys):
         assert found["goal"] == ">= 1.3"
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["speed"], "no benchmark is called speed: choose from step, scores, sampling, loss, trl"),
-    (["step", "--repetitions", 0], "--repetitions must be at least 1, got 0"),
-    (["step", "--group-size", 1], "--group-size must be at least 2, got 1"),
-    (["scores", "--score-tokens", 16, 30], "--score-tokens must be multiples of --group-size 4, got 16 30"),
-    (["scores", "--score-tokens", 0], "--score-tokens must be multiples of --group-size 4, got 0"),
-    (["trl", "--trl-rows", 3], "--trl-rows 3 must divide the 8 rows of a step"),
-    (["step", "--model", "."], "cannot load the model ."),
-    (["step", "--device", "cuda:99"], "--device cuda:99 cannot be used"),
-])
-def test_bad_flags_end_with_one_line(flags, message):
-    assert message in error_of(*flags)
+def test_bad_input_ends_with_one_line():
+    Path("file").write_text("")
+    assert not wrong_endings(lambda flags: overhead.main([*SIZES, "--out", "out", *flags]), [
+        (["speed"], "no benchmark is called speed: choose from step, scores, sampling, loss, trl"),
+        (["step", "--repetitions", 0], "--repetitions must be at least 1, got 0"),
+        (["step", "--group-size", 1], "--group-size must be at least 2, got 1"),
+        (["scores", "--score-tokens", 16, 30], "--score-tokens must be multiples of --group-size 4, got 16 30"),
+        (["scores", "--score-tokens", 0], "--score-tokens must be multiples of --group-size 4, got 0"),
+        (["trl", "--trl-rows", 3], "--trl-rows 3 must divide the 8 rows of a step"),
+        (["scores", "--model", "."], "cannot load the model ."),
+        (["step", "--device", "cuda:99"], "--device cuda:99 cannot be used"),
+        (["step", "--out", "file"], "--out file cannot be used as a folder")])
+
+
+@pytest.mark.full
+def test_an_error_of_train_py_is_passed_on():
+    assert not wrong_endings(lambda flags: overhead.main([*SIZES, "--out", "out", *flags]), [
+        (["step", "--data", "missing.jsonl"], "train.py ended with: cannot read the data file missing.jsonl")])
 
 
 def test_help_names_the_benchmarks_and_their_sizes(capsys):
@@ -283,8 +311,3 @@ def test_help_names_the_benchmarks_and_their_sizes(capsys):
         overhead.main(["--help"])
     printed = capsys.readouterr().out
     assert caught.value.code == 0 and "--score-tokens" in printed and "Table 3" in printed
-
-
-def test_an_output_folder_that_is_a_file_ends_with_one_line():
-    Path("out").write_text("")
-    assert "--out out cannot be used as a folder" in error_of("step")

@@ -1,22 +1,20 @@
 """The stack machine's reward against exact polynomials, and tiny/stack with its script and train.py's --reward."""
-import json
 import random
-import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
-ROOT = Path(__file__).resolve().parents[1]
-TINY, STACK = ROOT / "tiny", ROOT / "tiny" / "stack"
-sys.path[:0] = [str(ROOT), str(TINY)]
+from helpers import ROOT, metrics_of, read_lines, run_here, write, wrong_endings
+from support.data import encode_prompts, load_reward, run_file
+
+STACK = ROOT / "tiny" / "stack"
+sys.path.insert(0, str(STACK.parent))
 
 import make_stack  # noqa: E402
 import make_tiny  # noqa: E402
-import train  # noqa: E402
 from stack_machine import program_reward, run  # noqa: E402
 
 GOLD = "PUSH a PUSH b SUB PUSH c MUL PUSH d ADD"                               # of (a-b)*c+d
@@ -70,48 +68,44 @@ def is_right(response, problem):
     return found is not None and found == eval(problem, {}, LETTERS)           # infix as Python reads it
 
 
-def problems_of(name):
-    return [json.loads(line) for line in (STACK / name).read_text().splitlines()]
-
-
 # ------------------------------------------------------------------------------------------- the machine, the reward
 
-@pytest.mark.parametrize("program, stack", [
+STACKS = [   # program, the stack that it leaves with a = 7, b = 2, c = 3; None if it cannot be run
     ("PUSH a PUSH b SUB", [5]), ("PUSH b PUSH a SUB", [-5]), ("PUSH b PUSH a SWAP SUB", [5]), ("PUSH a PUSH b", [7, 2]),
     ("PUSH a PUSH b SWAP", [2, 7]), ("PUSH a PUSH b ADD PUSH c MUL", [27]), ("PUSH a PUSH b PUSH c MUL ADD", [13]),
     ("PUSH c PUSH a PUSH b SUB", [3, 5]), ("", []), (" PUSH\na ", [7]),
     ("ADD", None), ("PUSH a ADD", None), ("PUSH a SWAP", None), ("PUSH", None), ("PUSH a PUSH", None),
     ("PUSH PUSH", None), ("PUSH z", None), ("PUSH 1", None), ("push a", None), ("a", None), ("PUSH a POP", None),
-    ("PUSH a;", None), ("PUSHa", None), (None, None), (7, None), (b"PUSH a", None), (["PUSH", "a"], None)])
-def test_run_by_hand(program, stack):
-    assert run(program, {"a": 7, "b": 2, "c": 3}) == stack
-
-
-@pytest.mark.parametrize("response", [
+    ("PUSH a;", None), ("PUSHa", None), (None, None), (7, None), (b"PUSH a", None), (["PUSH", "a"], None)]
+RIGHT = [
     GOLD, "PUSH b PUSH a SWAP SUB PUSH c MUL PUSH d ADD", "PUSH d PUSH c PUSH a PUSH b SUB MUL ADD", f"\n {GOLD}  ",
     "PUSH a PUSH c MUL PUSH b PUSH c MUL SUB PUSH d ADD",                      # ac - bc + d
-    "PUSH d PUSH b PUSH a SUB PUSH c MUL SUB"])                                # d - (b-a)c
-def test_every_program_of_the_same_polynomial_is_right(response):
-    assert program_reward(response, GOLD) == 1.0
-
-
-@pytest.mark.parametrize("response", [
+    "PUSH d PUSH b PUSH a SUB PUSH c MUL SUB"]                                 # d - (b-a)c
+WRONG = [
     "PUSH b PUSH a SUB PUSH c MUL PUSH d ADD", "PUSH a PUSH b PUSH c MUL SUB PUSH d ADD",
     "PUSH a PUSH b SUB PUSH c PUSH d ADD MUL", "PUSH a PUSH b SUB PUSH c MUL PUSH d",
     "PUSH a PUSH b SUB PUSH c MUL PUSH d SUB", "PUSH a PUSH b SUB PUSH c MUL", f"{GOLD} PUSH a", f"PUSH a {GOLD}",
     f"{GOLD} ADD", f"{GOLD} PUSH", f"{GOLD} SWAP", f"{GOLD} HALT", f"{GOLD}.", f"The program is {GOLD}", GOLD.lower(),
     GOLD.replace(" ", ""), GOLD.replace("d", "z"), GOLD.replace("d", "é"), "", " ", "\0", "PUSH", "SUB", "PUSH \ud800",
-    "ＰＵＳＨ a", "(a-b)*c+d", "\\boxed{" + GOLD + "}", None, 3.0, GOLD.encode(), [GOLD]])
-def test_wrong_and_malformed_responses_are_wrong(response):
-    assert program_reward(response, GOLD) == 0.0
-
-
-@pytest.mark.parametrize("response", [
+    "ＰＵＳＨ a", "(a-b)*c+d", "\\boxed{" + GOLD + "}", None, 3.0, GOLD.encode(), [GOLD]]
+HUGE = [   # the first is right but for its length, and the powers of a would take minutes
     GOLD + " PUSH b SUB PUSH b ADD" * 10 ** 5, "PUSH a PUSH b" + " SWAP" * 10 ** 6, "PUSH a " * 10 ** 6,
-    "PUSH a " + "PUSH a MUL " * 10 ** 6, "PUSH " * 10 ** 6, "PUSH " + "a" * 10 ** 6, "(" * 10 ** 6])
-def test_huge_responses_are_refused_before_they_are_run(response):
-    """The first is right but for its length, and the powers of a would take minutes."""
-    assert run(response, {"a": 7, "b": 2, "c": 3, "d": 1}) is None and program_reward(response, GOLD) == 0.0
+    "PUSH a " + "PUSH a MUL " * 10 ** 6, "PUSH " * 10 ** 6, "PUSH " + "a" * 10 ** 6, "(" * 10 ** 6]
+
+
+def test_run_by_hand():
+    assert [case for case in STACKS if run(case[0], {"a": 7, "b": 2, "c": 3}) != case[1]] == []
+
+
+def test_programs_of_the_same_polynomial_are_right_and_all_others_wrong():
+    assert [response for response in RIGHT if program_reward(response, GOLD) != 1.0] == []
+    assert [response for response in WRONG if program_reward(response, GOLD) != 0.0] == []
+
+
+def test_huge_responses_are_refused_before_they_are_run():
+    inputs = {"a": 7, "b": 2, "c": 3, "d": 1}
+    assert [response[:20] for response in HUGE if run(response, inputs) is not None
+            or program_reward(response, GOLD) != 0.0] == []
 
 
 def test_100_words_are_run_and_101_are_not():
@@ -143,7 +137,7 @@ def test_the_reward_is_equality_of_exact_polynomials_on_the_pupils_programs():
 # --------------------------------------------------------------------------------------------------- the task's files
 
 def test_the_reference_programs_compute_their_problems_and_train_and_test_are_disjoint():
-    train_rows, test_rows = problems_of("train.jsonl"), problems_of("test.jsonl")
+    train_rows, test_rows = read_lines(STACK / "train.jsonl"), read_lines(STACK / "test.jsonl")
     rng = random.Random(0)
     for row in train_rows + test_rows:
         assert set(row) == {"problem", "answer"} and set(row["problem"]) <= set("abcdef+-*()")
@@ -156,7 +150,7 @@ def test_the_reference_programs_compute_their_problems_and_train_and_test_are_di
 
 def test_each_instruction_and_input_of_a_program_is_one_token_and_nothing_is_lost():
     tokenizer = AutoTokenizer.from_pretrained(STACK)
-    for row in problems_of("test.jsonl"):
+    for row in read_lines(STACK / "test.jsonl"):
         ids = tokenizer(row["answer"], add_special_tokens=False).input_ids
         assert [tokenizer.decode([i]).strip() for i in ids] == row["answer"].split()
         assert tokenizer.decode(ids) == row["answer"] and len(ids) < 40
@@ -167,12 +161,17 @@ def test_each_instruction_and_input_of_a_program_is_one_token_and_nothing_is_los
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
 
 
-def test_the_folder_is_a_small_qwen2_that_samples_a_quarter_to_four_tenths_right():
-    """Sampled by transformers itself, scored by exact polynomials."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(STACK), AutoTokenizer.from_pretrained(STACK)
+def test_the_folder_is_a_small_qwen2():
+    model = AutoModelForCausalLM.from_pretrained(STACK)
     assert isinstance(model.config, Qwen2Config) and 0.5e6 <= model.num_parameters() <= 1e6
     assert not model.config.tie_word_embeddings and (STACK / "model.safetensors").stat().st_size < 3e6
-    rows = problems_of("test.jsonl")
+
+
+@pytest.mark.full
+def test_a_quarter_to_four_tenths_of_its_samples_are_right():
+    """Sampled by transformers itself, scored by exact polynomials."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(STACK), AutoTokenizer.from_pretrained(STACK)
+    rows = read_lines(STACK / "test.jsonl")
     texts = [tokenizer.apply_chat_template([{"role": "user", "content": row["problem"]}], add_generation_prompt=True,
                                            tokenize=False) for row in rows]
     batch = tokenizer(texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
@@ -188,7 +187,9 @@ def test_the_script_makes_the_committed_problems_and_tokenizer_again(tmp_path, m
     monkeypatch.setattr(make_tiny, "train", lambda *args: None)
     monkeypatch.setattr(make_tiny, "accuracy", lambda *args, **options: 0.0)
     monkeypatch.setattr(sys, "argv", ["make_stack.py", "--out", str(tmp_path)])
+    threads = torch.get_num_threads()
     make_tiny.main(make_stack.STACK)
+    torch.set_num_threads(threads)
     for name in ("train.jsonl", "test.jsonl"):
         assert (tmp_path / name).read_bytes() == (STACK / name).read_bytes(), name
     made, committed = AutoTokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(STACK)
@@ -196,44 +197,32 @@ def test_the_script_makes_the_committed_problems_and_tokenizer_again(tmp_path, m
     assert AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() == 525056
 
 
-def test_help():
-    result = subprocess.run([sys.executable, TINY / "make_stack.py", "--help"], capture_output=True, text=True)
-    assert result.returncode == 0 and "--seed" in result.stdout and "--out" in result.stdout
-
-
 # --------------------------------------------------------------------------------------------- train.py and --reward
 
-def run_here(monkeypatch, *flags):
-    """train.py in this process, without its signal handlers. Returns metrics.jsonl and samples.jsonl."""
-    monkeypatch.setattr(train.signal, "signal", lambda *args: None)
-    args = train.parse_args([str(flag) for flag in ("--device", "cpu", *flags)])
-    train.train(args)
-    return [[json.loads(line) for line in (Path(args.out) / name).read_text().splitlines()]
-            for name in ("metrics.jsonl", "samples.jsonl")]
-
-
-def test_train_py_runs_on_the_stack_model(tmp_path, monkeypatch):
-    metrics, samples = run_here(monkeypatch, "--model", STACK, "--steps", 2, "--eval-size", 20, "--out",
-                                tmp_path / "run")
+def test_train_py_runs_on_the_stack_model(tmp_path):
+    run_here("--model", STACK, "--device", "cpu", "--steps", 2, "--batch-size", 8, "--minibatch-size", 8, "--eval-size",
+             10, "--out", tmp_path / "run")
+    metrics, samples = metrics_of(tmp_path / "run"), read_lines(tmp_path / "run" / "samples.jsonl")
     assert [row["step"] for row in metrics] == [0, 1, 2] and metrics[2]["groups_kept"] > 0
-    test = problems_of("test.jsonl")
+    test = read_lines(STACK / "test.jsonl")
     for i, row in enumerate(samples):                                          # five of each evaluation
         assert (row["problem"], row["answer"]) == (test[i % 5]["problem"], test[i % 5]["answer"])
         assert row["finished"] and row["reward"] == is_right(row["response"], row["problem"])
 
 
-@pytest.mark.parametrize("value", ["float(right)", "right", "int(right)", "1 if right else 0.5"])
-def test_a_reward_file_of_the_users(value, tmp_path, monkeypatch):
-    """It uses a name of its own file, and counts characters; it may return a float, a bool, an int; 0.5 is not right."""
+def test_a_reward_file_of_the_users(tmp_path):
+    """It uses a name of its own file, and counts characters; it may return a float, a bool, an int; 0.5 is wrong."""
     file = tmp_path / "mine.py"
-    file.write_text(f"""MORE = 2
-
-def short(response, answer):
-    right = len(response) <= len(answer) + MORE
-    return {value}
-""")
-    metrics, samples = run_here(monkeypatch, "--model", STACK, "--reward", f"{file}:short", "--steps", 1,
-                                "--batch-size", 4, "--minibatch-size", 4, "--eval-size", 5, "--out", tmp_path / "run")
+    for value in ("float(right)", "right", "int(right)", "1 if right else 0.5"):
+        run_file.cache_clear()                                                 # the same path in each case
+        write(file, f"MORE = 2\n\ndef short(response, answer):\n    right = len(response) <= len(answer) + MORE\n"
+                    f"    return {value}\n")
+        reward = load_reward(f"{file}:short")
+        found = [reward(response, "xy") for response in ("", "abcd", "abcde")]
+        assert found == [1.0, 1.0, 0.0] and {type(r) for r in found} == {float}, value
+    run_here("--model", STACK, "--reward", f"{file}:short", "--device", "cpu", "--steps", 1, "--batch-size", 4,
+             "--minibatch-size", 4, "--eval-size", 5, "--out", tmp_path / "run")
+    metrics, samples = metrics_of(tmp_path / "run"), read_lines(tmp_path / "run" / "samples.jsonl")
     for step in (0, 1):
         rewards = [len(row["response"]) <= len(row["answer"]) + 2 for row in samples if row["step"] == step]
         assert len(rewards) == 5 and metrics[step]["eval_accuracy"] == sum(rewards) / 5
@@ -244,24 +233,29 @@ def test_only_the_math_reward_asks_for_a_box(tmp_path):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(STACK), AutoTokenizer.from_pretrained(STACK)
     tokenizer.chat_template = None                                             # the embedded one drops instructions
     rows = [{"problem": "a-b", "answer": GOLD}]
-    texts = [tokenizer.decode(train.encode_prompts(rows, tokenizer, model.config, 64, reward)[0])
+    texts = [tokenizer.decode(encode_prompts(rows, tokenizer, model.config, 64, reward)[0])
              for reward in ("math", f"{tmp_path / 'mine.py'}:short")]
     assert "boxed" in texts[0] and texts[1] == "Question: a-b\nAnswer:"
 
 
-@pytest.mark.parametrize("text, name, words", [
-    (None, "x.py:f", "FileNotFoundError"), ("def g(r, a): pass", "x.py:f", "defines no function f"),
-    ("f = 1", "x.py:f", "defines no function f"), ("raise KeyError('boom')", "x.py:f", "KeyError: 'boom'"),
-    ("def f(:", "x.py:f", "SyntaxError"), ("import no_such_module_", "x.py:f", "no_such_module_"),
-    ("f = print", "x.txt:f", "FILE.py:FUNCTION"), ("f = print", "x.py", "FILE.py:FUNCTION"),
-    ("f = print", "maths", "FILE.py:FUNCTION"), ("f = print", "x.py:", "defines no function")])
-def test_a_reward_that_cannot_be_used_ends_with_one_line(text, name, words, tmp_path, monkeypatch):
+def test_a_reward_that_cannot_be_used_ends_with_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train.run_file.cache_clear()                                               # the same relative path in each case
-    if text is not None:
-        for file in ("x.py", "x.txt"):
-            (tmp_path / file).write_text(text)
-    with pytest.raises(SystemExit) as caught:
-        train.parse_args(["--model", str(STACK), "--reward", name, "--device", "cpu"])
-    message = caught.value.code
-    assert message.startswith("error: --reward") and words in message and "\n" not in message
+
+    def load(case):
+        text, name = case
+        run_file.cache_clear()                                                 # the same relative path in each case
+        if text != "":
+            write(tmp_path / "x.py", text), write(tmp_path / "x.txt", text)
+        load_reward(name)
+
+    assert not wrong_endings(load, [(case, f"--reward{words}") for case, words in (
+        (("", "x.py:f"), ": x.py cannot be run: FileNotFoundError"),
+        (("def g(r, a): pass", "x.py:f"), ": x.py defines no function f"),
+        (("f = 1", "x.py:f"), ": x.py defines no function f"),
+        (("raise KeyError('boom')", "x.py:f"), ": x.py cannot be run: KeyError: 'boom'"),
+        (("def f(:", "x.py:f"), ": x.py cannot be run: SyntaxError"),
+        (("import no_such_module_", "x.py:f"), ": x.py cannot be run: ModuleNotFoundError: No module named 'no_such_m"),
+        (("f = print", "x.txt:f"), " must be a name that --help lists or FILE.py:FUNCTION"),
+        (("f = print", "x.py"), " must be a name that --help lists or FILE.py:FUNCTION"),
+        (("f = print", "maths"), " must be a name that --help lists or FILE.py:FUNCTION"),
+        (("f = print", "x.py:"), ": x.py defines no function"))])

@@ -1,18 +1,17 @@
 """The embedded model, its problems and the script that makes them, against arithmetic done here."""
-import importlib.util
-import json
-import subprocess
+import random
 import sys
-from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
-TINY = Path(__file__).resolve().parents[1] / "tiny"
+from helpers import ROOT, read_lines
 
+TINY = ROOT / "tiny"
+sys.path.insert(0, str(TINY))
 
-def problems_of(name):
-    return [json.loads(line) for line in (TINY / name).read_text().splitlines()]
+import make_tiny  # noqa: E402
 
 
 def value(problem):
@@ -26,26 +25,24 @@ def value(problem):
     return total
 
 
-def make_tiny():
-    spec = importlib.util.spec_from_file_location("make_tiny", TINY / "make_tiny.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_answers_are_right_and_train_and_test_are_disjoint_and_large_enough():
-    train, test = problems_of("train.jsonl"), problems_of("test.jsonl")
+    train, test = read_lines(TINY / "train.jsonl"), read_lines(TINY / "test.jsonl")
     assert all(row["answer"] == str(value(row["problem"])) for row in train + test)
     names = [row["problem"] for row in train + test]
     assert len(train) >= 4000 and len(test) >= 500 and len(set(names)) == len(names)
 
 
-def test_the_folder_is_a_small_qwen2_that_samples_a_quarter_to_four_tenths_right():
-    """Sampled by transformers itself, scored by the digits in the last box."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(TINY), AutoTokenizer.from_pretrained(TINY)
+def test_the_folder_is_a_small_qwen2():
+    model = AutoModelForCausalLM.from_pretrained(TINY)
     assert isinstance(model.config, Qwen2Config) and 0.5e6 <= model.num_parameters() <= 1e6
     assert sum(file.stat().st_size for file in TINY.iterdir() if file.is_file()) <= 4e6
-    rows = problems_of("test.jsonl") * 2
+
+
+@pytest.mark.full
+def test_a_quarter_to_four_tenths_of_its_samples_are_right():
+    """Sampled by transformers itself, scored by the digits in the last box."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(TINY), AutoTokenizer.from_pretrained(TINY)
+    rows = read_lines(TINY / "test.jsonl") * 2
     texts = [tokenizer.apply_chat_template([{"role": "user", "content": row["problem"] + "\nAn instruction."}],
                                            add_generation_prompt=True, tokenize=False) for row in rows]
     batch = tokenizer(texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
@@ -65,12 +62,10 @@ def test_the_tokenizer_loses_no_printable_ascii():
 
 
 def test_a_pupil_is_right_in_the_first_step_and_carries_wrong_totals_on():
-    module = make_tiny()
-    rng = module.random.Random(0)
-    wrong = 0
+    rng, wrong = random.Random(0), 0
     for _ in range(200):
-        problem = module.make_problem(rng)
-        *steps, box = module.solve(problem, rng).split(";")
+        problem = make_tiny.make_problem(rng)
+        *steps, box = make_tiny.solve(problem, rng).split(";")
         left, total = steps[0].split("=")
         assert value(left) == int(total) and problem.startswith(left)
         for before, after in zip(steps, steps[1:]):
@@ -81,12 +76,12 @@ def test_a_pupil_is_right_in_the_first_step_and_carries_wrong_totals_on():
 
 
 def test_the_script_makes_the_committed_problems_and_tokenizer_again(tmp_path, monkeypatch):
-    """All but the supervised stage, which takes minutes."""
-    module = make_tiny()
-    monkeypatch.setattr(module, "train", lambda *args: None)
+    """All but the supervised stage, which takes minutes, and the accuracy of what it makes."""
+    monkeypatch.setattr(make_tiny, "train", lambda *args: None)
+    monkeypatch.setattr(make_tiny, "accuracy", lambda *args, **options: 0.0)
     monkeypatch.setattr(sys, "argv", ["make_tiny.py", "--out", str(tmp_path)])
     threads = torch.get_num_threads()
-    module.main()
+    make_tiny.main()
     torch.set_num_threads(threads)
     for name in ("train.jsonl", "test.jsonl"):
         assert (tmp_path / name).read_bytes() == (TINY / name).read_bytes(), name
@@ -95,6 +90,9 @@ def test_the_script_makes_the_committed_problems_and_tokenizer_again(tmp_path, m
     assert AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() == 519168
 
 
-def test_help():
-    result = subprocess.run([sys.executable, TINY / "make_tiny.py", "--help"], capture_output=True, text=True)
-    assert result.returncode == 0 and "--seed" in result.stdout and "--out" in result.stdout
+def test_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["make_tiny.py", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        make_tiny.main()
+    printed = capsys.readouterr().out
+    assert caught.value.code == 0 and "--seed" in printed and "--out" in printed
