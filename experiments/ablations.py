@@ -290,7 +290,7 @@ def run_all(waiting, total, steps, jobs, on_cpu):
                         for checkpoint in checkpoints(folder):                 # gigabytes a run for a real model
                             shutil.rmtree(checkpoint)
                         bar.update()
-                time.sleep(0.1)
+                time.sleep(0.02)
         except KeyboardInterrupt:
             tqdm.write("stopping: each run finishes its step and saves; once more stops them at once")
             raise

@@ -217,7 +217,8 @@ def benchmark_scores(args):
     """NTHR's scores of one group over its number of tokens N, on random states and the model's lm_head (float32).
 
     Bound: bytes of a copy of the states, a chunk of logits (with logprobs: of the columns in V*_x alone), and M⁺. The
-    peak is a small multiple, as a few tensors of that size exist at once. Only the copy of the states grows with N."""
+    peak is a small multiple, as a few tensors of that size exist at once. Only the copy of the states grows with N.
+    Pair by pair: the prediction errors of all tokens."""
     lm_head = load_model(args.model, args.device, "nthr").get_output_embeddings().weight.detach()
     V, d = lm_head.shape
     variants = {"all": lambda group, _: nthr_scores(*group, vocabulary="all"),
@@ -232,10 +233,10 @@ def benchmark_scores(args):
             U, chunk = len(group[1].unique()), min(size, CHUNK)
             runs = {name: lambda name=name: variants[name](group, logprobs) for name in names}
             seconds = interleaved({name: lambda run=run: timed(run)[1] for name, run in runs.items()}, args.repetitions)
-            numbers = {"all": chunk * V + V * d, "responses": chunk * V + U * d, "responses, logprobs": (chunk + d) * U,
-                       "pairwise": size * V}
+            numbers = {"all": chunk * V + V * d + size * d, "responses": chunk * V + U * d + size * d,
+                       "responses, logprobs": (chunk + d) * U + size * d, "pairwise": size * V}
             measured += [{"variant": name, "tokens": size, "ids": U, "seconds": seconds[name],
-                          "peak_bytes": peak_bytes(run, args.device), "bound_bytes": 4 * (numbers[name] + size * d)}
+                          "peak_bytes": peak_bytes(run, args.device), "bound_bytes": 4 * numbers[name]}
                          for name, run in runs.items()]
     for name in variants:
         found = [row for row in measured if row["variant"] == name]
