@@ -11,10 +11,11 @@ tokens per answer (§5.3), for the definitions of `label_tokens` and `on_path`; 
 was not sure of, since tokens with π near 1 have a prediction error, and so a score, near 0. Other problems get the page
 without these numbers.
 
-Writes to --out: tokens.html, the page (no script, no network); tokens.json, the summary and the numbers of each group;
-tokens.png, the share of correct steps by score; tokens.csv, a row per token of a wrong answer. There, text is a JSON
-string (a byte that is no UTF-8 is \udc80 to \udcff), note a special token's name or "part of a character", step counts
-from 1 and is 0 where the text is no step; step and the labels are empty where they are not known.
+Writes to --out: tokens.html, the page (no script, no network); tokens.svg, answers of its first group; tokens.json, the
+summary and the numbers of each group; tokens.png, the share of correct steps by score; tokens.csv, a row per token of a
+wrong answer. There, text is a JSON string (a byte that is no UTF-8 is \udc80 to \udcff), note a special token's name or
+"part of a character", step counts from 1 and is 0 where the text is no step; step and the labels are empty where they
+are not known.
 """
 import json
 import math
@@ -46,6 +47,7 @@ DEFINITIONS = {"right_as_written": "right as written", "true_step": "of the true
 LABELS = {**{name: f"in steps {words}" for name, words in DEFINITIONS.items()},
           "on_path": "on the path of the true solution"}                       # of a token
 UNSURE = 0.95                                                                  # π below which the model was not sure
+PICTURE_WIDTH = 80                                                             # characters of an answer in the SVG
 LEVELS = 10                                                                    # of shading, for each sign
 PALETTE = {f"{sign}{level}": [round(255 + (c - 255) * level / LEVELS) for c in hue] for level in range(LEVELS + 1)
            for sign, hue in (("p", (242, 158, 66)), ("n", (116, 176, 244)))}   # s > 0 orange, s < 0 blue
@@ -313,8 +315,8 @@ Eq. 8): their penalty is multiplied by η. Point at a token to see s and its pro
 <p>Marks: <i>␣</i> a space, <em>↵</em> a new line, <i>⇥</i> a tab, <i>\\x1B</i> a control character or a byte that is no
 text, <em>◌</em> a part of a character that a later token completes, <em>&lt;name&gt;</em> a special token. Where it is
 known, <sup>✓</sup> follows a step that is right as written, given the steps before it (so also a box that copies a
-wrong result), and <sup>✗</sup> any other text. On the path of the true solution: the answer up to this token is how the true
-solution begins.</p>"""
+wrong result), and <sup>✗</sup> any other text. On the path of the true solution: the answer up to this token is how the
+true solution begins.</p>"""
 
 
 def shade(row, largest):
@@ -378,6 +380,32 @@ def page(views, summary, source, args):
 <footer class="label">{escape(plain(", ".join(f"{name}: {value}" for name, value in source.items())))}</footer></body>
 </html>
 """
+
+
+def picture(group):
+    """A right and up to four wrong answers of a group as an SVG, shaded and underlined as on the page, cut if long."""
+    right = [answer for answer in group["responses"] if not answer[2]]
+    wrong = [answer for answer in group["responses"] if answer[2]]
+    parts, largest, widest = [], group["numbers"]["largest_s"], 0
+    for line, (_, text, rows) in enumerate([right[0], *wrong[:4]]):
+        x, y = 80, 36 + 34 * line                                              # of the baseline, in pixels
+        label = "wrong" if rows else "right"
+        parts.append(f'<text x="14" y="{y}" font-family="sans-serif" fill="#57606a">{label}</text>')
+        for row in rows or [{"text": text[:PICTURE_WIDTH], "note": "", "s": 0.0, "selected": 0}]:
+            shown = plain(row["text"]) or symbol(row)
+            width, color = 11 * len(shown), "rgb({},{},{})".format(*PALETTE[shade(row, largest)])
+            if x + width > 80 + 11 * PICTURE_WIDTH:
+                break
+            parts.append(f'<rect x="{x}" y="{y - 19}" width="{width}" height="25" fill="{color}"/>')
+            if row["selected"]:
+                parts.append(f'<rect x="{x + 1}" y="{y + 6}" width="{width - 2}" height="2.5"/>')
+            weight = "bold" if row["selected"] else "normal"
+            parts.append(f'<text x="{x}" y="{y}" textLength="{width}" font-family="monospace" font-weight="{weight}">'
+                         f'{escape(shown)}</text>')
+            x += width
+        widest, height = max(widest, x + 14), y + 20
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{widest}" height="{height}" font-size="18">'
+            f'<rect width="100%" height="100%" rx="6" fill="white"/>{"".join(parts)}</svg>\n')
 
 
 def terminal(views, color):
@@ -461,6 +489,7 @@ def main(argv=None):
     common.write_json(out / "tokens.json", {**source, "summary": summary, "groups": [v["numbers"] for v in views]})
     common.write_csv(out / "tokens.csv", [{**row, "text": json.dumps(row["text"]), "note": plain(row["note"])}
                                           for group in views for row in group["rows"]])
+    (out / "tokens.svg").write_text(picture(views[0]), encoding="utf-8")
     plot_labels(views, out / "tokens.png")
     if args.text:
         print(terminal(views, sys.stdout.isatty() and not os.environ.get("NO_COLOR")), end="\n\n")
@@ -468,7 +497,7 @@ def main(argv=None):
     for title, rows in table(summary):
         header = ["β", "tokens", "precision NTHR", "random", "recall NTHR", "random"]
         print("", title, "", common.markdown(header, rows), sep="\n")
-    print(f"\nwritten: tokens.html, tokens.json, tokens.csv and tokens.png in {out}")
+    print(f"\nwritten: tokens.html, tokens.json, tokens.csv, tokens.svg and tokens.png in {out}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import statistics
 import sys
 from argparse import Namespace
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -112,6 +113,24 @@ class Terminal(io.StringIO):
         return True
 
 
+def check_picture(path, rows):
+    """Each line that is called wrong is how one answer of tokens.csv begins; its selected tokens are bold, underlined."""
+    svg, lines = ElementTree.parse(path).getroot(), {}
+    for text in svg.iter("{http://www.w3.org/2000/svg}text"):
+        lines.setdefault(text.get("y"), []).append((text.text, text.get("font-weight")))
+    answers = {}
+    for row in rows:
+        shown = tokens.plain(json.loads(row["text"])) or tokens.symbol(row)
+        weight = "bold" if row["selected"] == "1" else "normal"
+        answers.setdefault((row["question"], row["response"]), []).append((shown, weight))
+    wrong = [line[1:] for line in lines.values() if line[0][0] == "wrong"]
+    assert 1 <= len(wrong) <= 4 and [line[0][0] for line in lines.values()].count("right") == 1
+    for line in wrong:
+        assert any(answer[:len(line)] == line for answer in answers.values()), line
+    bold = sum(weight == "bold" for line in wrong for _, weight in line)
+    assert [rect.get("height") for rect in svg.iter("{http://www.w3.org/2000/svg}rect")].count("2.5") == bold
+
+
 def run(out, *flags, stdout=None):
     """What the script prints, and its files: the page's source, the JSON record and the CSV's rows as text."""
     stdout = io.StringIO() if stdout is None else stdout
@@ -120,6 +139,7 @@ def run(out, *flags, stdout=None):
     with (out / "tokens.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert (out / "tokens.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    check_picture(out / "tokens.svg", rows)
     return (stdout.getvalue(), (out / "tokens.html").read_text(encoding="utf-8"),
             json.loads((out / "tokens.json").read_text(encoding="utf-8"), parse_constant=pytest.fail), rows)
 
