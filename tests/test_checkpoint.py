@@ -501,6 +501,21 @@ def test_a_checkpoint_gives_back_the_optimizer_the_random_numbers_and_the_progre
     assert {int(state["step"]) for state in optimizer.state.values()} == {2 * STEPS}
 
 
+def test_a_full_disk_is_called_by_its_name_wherever_it_strikes(whole, parts, tmp_path, capsys):
+    """torch.save has an error of its own, which does not say what is wrong."""
+    model, tokenizer, _ = parts
+    optimizer = torch.optim.AdamW(model.parameters())
+    load_progress(whole / "checkpoint", optimizer)                             # with its moments
+    save_checkpoint(tmp_path, model, tokenizer, optimizer, Progress(step=1), keep=2)
+    for size in range(0, (tmp_path / "checkpoint" / "trainer.pt").stat().st_size, 7_000):
+        with files_of_at_most(size) as limit, pytest.raises(SystemExit) as caught:
+            limit()
+            save_checkpoint(tmp_path, model, tokenizer, optimizer, Progress(step=2), keep=2)
+        assert "File too large" in caught.value.code, (size, caught.value.code)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    assert read_progress(tmp_path / "checkpoint").step == 1
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name(parts, tmp_path, monkeypatch):
     """The order of what reaches the disk: the log, then every file, then their folder, then the names."""

@@ -140,8 +140,9 @@ def test_a_failed_allocation_counts_and_other_errors_do_not():
         raise MemoryError
     with pytest.raises(RuntimeError, match="must match"), errors.memory_for("reference"):
         torch.ones(2) + torch.ones(3)
-    for phase in (*memory.PHASES, "loading", "evaluation"):                    # each has its advice
-        with pytest.raises(errors.OutOfMemory, match=f"out of memory in {phase}: .*--"), errors.memory_for(phase):
+    assert {*memory.PHASES, "loading", "evaluation"} == errors.LOWERS_MEMORY.keys()
+    for phase, (*_, flag) in {**OUT_OF_MEMORY, "loading": ("--kl-coef 0",)}.items():
+        with pytest.raises(errors.OutOfMemory, match=f"out of memory in {phase}: .*{flag}"), errors.memory_for(phase):
             raise MemoryError
 
 
