@@ -404,7 +404,8 @@ def picture(group):
                          f'{escape(shown)}</text>')
             x += width
         widest, height = max(widest, x + 14), y + 20
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{widest}" height="{height}" font-size="18">'
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" xml:space="preserve" width="{widest}" height="{height}" '
+            f'font-size="18">'
             f'<rect width="100%" height="100%" rx="6" fill="white"/>{"".join(parts)}</svg>\n')
 
 
