@@ -9,9 +9,10 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import ENVIRONMENT, ROOT, wrong_endings
+from support.data import encode_prompts, load_problems
 
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -130,6 +131,21 @@ def test_the_parameters_are_put_back_and_equal_advantages_share_an_update(result
     row, deltas = lld.study(model, before, groups[0], torch.Generator(), [(3, False)], [1.0], args)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
     assert row["selected"] == 0 and deltas["grpo"] == deltas["nthr"] == deltas["random"] != deltas["pos-only"]
+
+
+def test_a_seed_samples_the_same_again_and_another_seed_other_responses(result):
+    model, problems = result[2], load_problems(ROOT / "tiny" / "train.jsonl")[:8]
+    tokenizer, found = AutoTokenizer.from_pretrained(ROOT / "tiny"), []
+    prompts = encode_prompts(problems, tokenizer, model.config, 40)
+    for seed in (3, 3, 4):
+        args = common.parse_flags(lld.build_parser(), ["--questions", "8", "--max-new-tokens", "40", "--device", "cpu",
+                                                       "--seed", str(seed)])
+        groups, sampled = common.mixed_groups(model, tokenizer, problems, prompts, args)
+        assert sampled == 8 and all(group.rollout.hidden is None for group in groups)
+        found.append({group.index: group.rollout.texts for group in groups})
+    first, again, other = found
+    assert first == again and [*first] != sorted(first) and first.keys() & other.keys()
+    assert all(first[index] != other[index] for index in first.keys() & other.keys())
 
 
 # ---- Theorem 4.4 and Eq. 7 with other states
@@ -284,7 +300,7 @@ def test_lazy_questions_are_those_whose_likelihood_does_not_rise():
 
 
 def test_table_1_averages_over_sets_of_the_papers_sizes():
-    """120 questions make two sets of 57 and two of 47; 50 make one of 47, 46 none. The scores are counted by hand."""
+    """120 questions make two sets of 57 and two of 47; 94 one and two, 50 one of 47, 46 none. All counted by hand."""
     rng = lld.np.random.default_rng(0)
     rows = [{"delta grpo": d, "gwhes": g, "correct": int(r), "tokens": int(t)} for (d, g), r, t in
             zip(rng.normal(size=(120, 2)), rng.integers(1, 8, 120), rng.integers(30, 300, 120))]
@@ -296,7 +312,7 @@ def test_table_1_averages_over_sets_of_the_papers_sizes():
                       (lambda i: part[i]["delta grpo"], lambda i: -score(part[i])))
         return len(set(lazy) & set(high)) / k
 
-    for n, sizes in ((120, (57, 47)), (50, (47,)), (46, ())):
+    for n, sizes in ((120, (57, 47)), (94, (57, 47)), (50, (47,)), (46, ())):
         table = lld.gwhes_table(rows[:n])
         assert [*table[0]] == ["score", *(f"K = {k} of {size}" for size in (n, *sizes) for k in (10, 15)),
                                "rank correlation with −Δ"]

@@ -201,6 +201,7 @@ def test_the_page_is_well_formed_and_needs_neither_script_nor_network(sums):
     assert used <= {"lang", "charset", "name", "content", "http-equiv", "class", "id", "href", "title", "scope",
                     "colspan", "rowspan"}                                      # no handler, no src, no style
     assert "//" not in source.replace("s⁻", "") and "url(" not in source and "@import" not in source
+    assert "π &lt; 0.95" in source and "π <" not in source
     assert len(set(page.ids)) == len(page.ids) and sorted(page.links) == sorted("#" + name for name in page.ids)
     policy = [a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a]
     assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
