@@ -82,14 +82,16 @@ def writing(path):
 
 def sync(path):
     """Wait until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    is_folder = Path(path).is_dir()
     try:
-        os.fsync(handle)
-    except OSError:                                                            # a folder, on some network drives
-        if not Path(path).is_dir():
+        handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError:                                                            # a folder, on Windows and some networks
+        if not is_folder:
             raise
-    finally:
-        os.close(handle)
 
 
 def replace_text(path, text):
