@@ -1,4 +1,4 @@
-"""experiments/lld.py: its updates against plain full-logits ones, its tables against its CSV, Theorem 4.4 pair by pair."""
+"""experiments/lld.py: updates against plain full-logits ones, tables against the CSV, Theorem 4.4 pair by pair."""
 import copy
 import csv
 import json

@@ -114,7 +114,7 @@ class Terminal(io.StringIO):
 
 
 def check_picture(path, rows):
-    """Each line that is called wrong is how one answer of tokens.csv begins; its selected tokens are bold, underlined."""
+    """Each line that is called wrong is how one answer of tokens.csv begins; selected tokens are bold, underlined."""
     svg, lines = ElementTree.parse(path).getroot(), {}
     for text in svg.iter("{http://www.w3.org/2000/svg}text"):
         lines.setdefault(text.get("y"), []).append((text.text, text.get("font-weight")))
