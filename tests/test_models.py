@@ -228,7 +228,17 @@ REFUSED = {   # what is wrong: (folder -> the model, what the message must say)
     "a layer before the head": (random_model(BertConfig, is_decoder=True), "logits are not lm_head(base_model(ids))")}
 
 
-def test_a_model_that_cannot_be_used_is_refused_with_one_line_before_anything_is_written(tmp_path, capfd):
+@pytest.fixture
+def transformers_log(monkeypatch):
+    """() -> what transformers logged in this test. It writes to whatever was sys.stderr when it was imported."""
+    handlers = [handler for handler in logging.getLogger("transformers").handlers if hasattr(handler, "stream")]
+    for handler in handlers:                                                   # not pytest's own
+        monkeypatch.setattr(handler, "stream", io.StringIO())
+    return lambda: "".join(handler.stream.getvalue() for handler in handlers)
+
+
+def test_a_model_that_cannot_be_used_is_refused_with_one_line_before_anything_is_written(tmp_path, capfd,
+                                                                                         transformers_log):
     """In training and with --eval-only, which takes a head with a bias, as --method grpo does."""
     wrong = []
     for number, (kind, (make, expected)) in enumerate(REFUSED.items()):
@@ -296,17 +306,14 @@ def test_no_code_of_a_models_folder_is_run_whatever_is_answered(tmp_path, monkey
 
 # ------------------------------------------------------------------------------------------ 3. what reaches a terminal
 
-def test_what_transformers_says_of_a_model_reaches_the_terminal_with_escapes(tmp_path, monkeypatch):
+def test_what_transformers_says_of_a_model_reaches_the_terminal_with_escapes(tmp_path, transformers_log):
     """It lists weights that it does not know. Lines and their indentation stay."""
-    handlers = [handler for handler in logging.getLogger("transformers").handlers if hasattr(handler, "stream")]
-    for handler in handlers:                                                   # not pytest's own
-        monkeypatch.setattr(handler, "stream", io.StringIO())
     weights = load_file(embedded(tmp_path / "model") / "model.safetensors")
     save_file({**weights, f"model.{EVIL}.weight": torch.zeros(2)}, tmp_path / "model" / "model.safetensors",
               {"format": "pt"})
     load_model(tmp_path / "model", "cpu", "nthr")
     transformers_logging.get_logger("transformers.strange").warning("one\n\t%s is\r new", EVIL)
-    said = "".join(handler.stream.getvalue() for handler in handlers)
+    said = transformers_log()
     assert f"model.{SHOWN}.weight" in said and f"one\n        {SHOWN} is\\r new" in said
     assert [char for char in said if not char.isprintable() and char != "\n"] == []
 
