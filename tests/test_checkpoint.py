@@ -886,7 +886,7 @@ ATTRIBUTES = {  # (what it is called on, name)
 
 
 def dangers(source):
-    """What in a source could run code from data or a download, or fetch what may change. An XML namespace is neither."""
+    """What in a source could run code from data or a download, or fetch what may change; not an XML namespace."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -918,7 +918,8 @@ def dangers(source):
         elif TRUST in (getattr(node, "attr", None), getattr(node, "value", None)):
             found.append(TRUST)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found += [f"no fixed commit in {url}" for url in re.findall(r"https?://(?!www\.w3\.org/)[^\s/]+/\S*", node.value)
+            urls = re.findall(r"https?://(?!www\.w3\.org/)[^\s/]+/\S*", node.value)
+            found += [f"no fixed commit in {url}" for url in urls
                       if not re.search(r"/[0-9a-f]{40}(/|$)", url)]
     return found
 
