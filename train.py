@@ -266,8 +266,7 @@ def train(args):
     stopping = stop.number                                                     # read once a step
     with tqdm(initial=progress.step, total=args.steps, desc=args.method) as bar:
         while progress.step < args.steps and progress.nonfinite < 3 and not stopping:
-            step = progress.step + 1
-            metrics = train_step(run, args, step)
+            metrics = train_step(run, args, step := progress.step + 1)
             last = step == args.steps or progress.nonfinite == 3
             if last or (args.eval_every and step % args.eval_every == 0):
                 with metrics["seconds"]("evaluation"):
