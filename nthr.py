@@ -21,8 +21,9 @@ Departures from the paper, each with its reason:
   2. A sampling temperature enters π = softmax(W h / temperature). The factor 1/temperature² of the derivative is
      left out: it scales s and τ alike and never changes the selection.
   3. An empty response has no mean, so it does not enter τ; without any correct token τ = +∞ selects nothing.
-  4. Groups with p = 0 or 1 come back unchanged (scores 0, τ = +∞, η = 1): there is nothing to compare.
-  5. The printed Eq. 5 is a quantity of one y⁺_i. The sum over i, N⁺ times the mean, is what s⁻ and s⁺ add up to.
+  4. s̄⁺ is the printed sum, i = i' included. The words of §5 say "other" responses, which would lower τ.
+  5. Groups with p = 0 or 1 come back unchanged (scores 0, τ = +∞, η = 1): there is nothing to compare.
+  6. The printed Eq. 5 is a quantity of one y⁺_i. The sum over i, N⁺ times the mean, is what s⁻ and s⁺ add up to.
 App. 7.4's V*_x (vocabulary="responses") is the default as in the paper's runs; "all" is Eq. 7 without approximation.
 """
 import math

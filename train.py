@@ -67,10 +67,10 @@ def sample_groups(run, args, step):
                                args.max_new_tokens, args.temperature, step_seed(args.seed, step, round_),
                                args.max_sequences, keep_hidden=args.method not in READ_NO_STATES)
         golds = [run.problems[q]["answer"] for q in questions for _ in range(args.group_size)]
-        rewards += (r := [reward(text, gold) for text, gold in zip(rollout.texts, golds)])
+        rewards += map(reward, rollout.texts, golds)
         lengths += rollout.response_mask.sum(1).tolist()
         finished += rollout.finished.tolist()
-        right = torch.tensor(r).view(-1, args.group_size) == 1                 # (Q, G)
+        right = torch.tensor(rewards[-len(golds):]).view(-1, args.group_size) == 1             # (Q, G)
         mixed = (right.any(1) & ~right.all(1)).nonzero()[:args.batch_size - len(correct), 0]
         if len(mixed):
             kept.append(rollout.select(torch.arange(right.numel()).view_as(right)[mixed].flatten()))
@@ -80,7 +80,7 @@ def sample_groups(run, args, step):
     metrics = {"questions": len(rewards) // args.group_size, "groups_kept": len(correct),
                "success_rate": np.mean(rewards).item(), "response_length": np.mean(lengths).item(),
                "tokens": sum(lengths), "truncated_share": 1 - np.mean(finished).item()}
-    return concatenate(kept) if kept else None, torch.stack(correct).to(args.device) if kept else None, metrics
+    return (concatenate(kept), torch.stack(correct).to(args.device), metrics) if kept else (None, None, metrics)
 
 
 def credit_rule(args, generator, selections):
@@ -119,7 +119,7 @@ def token_advantages(model, rollout, correct, args, step):
         hidden = None if rollout.hidden is None else rollout.hidden[rows, :t]
         changed = rule(advantages[rows, :t], hidden, rollout.response_ids[rows, :t], mask[rows, :t], right, lm_head,
                        rollout.logprobs[rows, :t])
-        if getattr(changed, "shape", None) != mask[rows, :t].shape or not changed.isfinite().all():
+        if not torch.is_tensor(changed) or changed.shape != mask[rows, :t].shape or not changed.isfinite().all():
             fail(f"--method {args.method} must return finite advantages (G, T) = {(args.group_size, t)}, got "
                  f"{str(getattr(changed, 'shape', changed))[:60]} with {str(changed)[:60]}")
         advantages[rows, :t] = changed
@@ -312,7 +312,7 @@ def main():
         saved = not args.eval_only and checkpoints(args.out)
         fail(f"{error}{f'; the last checkpoint is intact: {resume_command(args)} continues from it' if saved else ''}")
     except KeyboardInterrupt:
-        print("interrupted before there was a result: run the same command again", file=sys.stderr)
+        print(f"interrupted: what is finished is in {args.out}; the same command starts again", file=sys.stderr)
         sys.exit(130)
 
 

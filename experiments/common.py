@@ -44,7 +44,7 @@ def build_parser(doc, script, questions, eta):
     add = flag_adder(parser.add_argument_group("model, data and sampling"))
     add("--model", default=str(TINY),
         help="Hugging Face id or local folder (default: the embedded model in tiny/)")
-    add("--data", help='JSON or JSONL file, or "math": MATH without MATH-500, levels 3-5')
+    add("--data", help='JSON or JSONL file, or "math": MATH without MATH-500, levels 3-5; or "gsm8k"')
     add("--reward", help='"math", or FILE.py:FUNCTION')
     add("--questions", type=int, help=f"groups with both right and wrong responses to collect (default: embedded model "
         f"{questions[0]}, real model {questions[1]})")

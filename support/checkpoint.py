@@ -70,7 +70,7 @@ def lock_folder(out):
 
 
 @contextmanager
-def writing(path):
+def fail_if_unwritable(path):
     """One line if a file of the output folder cannot be written, as on a full disk."""
     try:
         yield
@@ -96,7 +96,7 @@ def sync(path):
 
 def replace_text(path, text):
     """Replace a text file by another that is already whole on the disk."""
-    with writing(path):
+    with fail_if_unwritable(path):
         temporary = path.with_suffix(".tmp")
         temporary.write_text(text, encoding="utf-8")
         sync(temporary)
@@ -105,7 +105,7 @@ def replace_text(path, text):
 
 def append_rows(path, rows):
     """Append JSON lines, on the disk when this returns; a non-finite number becomes null, which JSON can hold."""
-    with writing(path), open(path, "a", encoding="utf-8") as file:
+    with fail_if_unwritable(path), open(path, "a", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps({name: None if isinstance(value, float) and not math.isfinite(value) else value
                                    for name, value in row.items()}) + "\n")
@@ -138,7 +138,7 @@ def save_checkpoint(out, model, tokenizer, optimizer, progress, keep):
     All is written and synced beside the newest checkpoint and then takes its name, "checkpoint"; that one becomes
     "checkpoint-STEP", and the `keep` newest stay."""
     final, temporary = out / "checkpoint", out / "checkpoint.tmp"
-    with writing(final):
+    with fail_if_unwritable(final):
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             model.save_pretrained(temporary)

@@ -90,7 +90,7 @@ def answer_text(value):
 
 
 def load_problems(source, named=TRAINING_SETS):
-    r"""[{"problem": str, "answer": str}] from a JSON list or JSONL file, or a data set in `named` or `BENCHMARKS`.
+    r"""[{"problem": str, "answer": str}] from a JSON list or JSONL file, or a data set with a name, `named` first.
 
     problem: the field `problem` or `question`. answer: `answer`, else `final_answer` (text, a number or a list),
     else the last \boxed{} of `solution`. "math" holds levels 3-5. Exits with the line or item that cannot be used."""

@@ -3,7 +3,7 @@ import sys
 from contextlib import contextmanager
 
 LOWERS_MEMORY = {   # phase of a run: what to do when it runs out of memory
-    "loading": "choose a smaller --model, or leave the reference model out with --kl-coef 0",
+    "loading": "choose a smaller --model, or in a new run leave the reference model out with --kl-coef 0",
     "data_generation": "lower --max-sequences", "evaluation": "lower --max-sequences",
     "nthr": "lower --batch-size or --max-new-tokens, in a new run",
     "old_probabilities": "lower --micro-batch-tokens", "reference": "lower --micro-batch-tokens",

@@ -59,8 +59,8 @@ def build_parser(description):
         "--eval-only all, unless the flag is given")
     add = flag_adder(parser.add_argument_group("method (Eq. 7, Eq. 8, Algorithm 1)"))
     add("--method", default="nthr", metavar=f"{{{','.join(METHODS)},FILE.py:FUNCTION}}", help="nthr: Algorithm 1; "
-        "grpo: Eq. 1 alone; pos-only: no negative advantages (§3); random: as many random tokens as NTHR selects (§5.3); "
-        "or a function of yours: (advantages, hidden, tokens, mask, correct, lm_head, logprobs) of a group -> advantages")
+        "grpo: Eq. 1 alone; pos-only: no negative advantages (§3); random: as many random tokens as NTHR selects "
+        "(§5.3); or a function of yours (advantages, hidden, tokens, mask, correct, lm_head, logprobs) -> advantages")
     add("--beta", type=float, default=1.0, help="β of the threshold τ (§5); --beta=-inf selects every negative token")
     add("--eta", default="2|0.5-p|", help='η of Algorithm 1: "2|0.5-p|", "p", "1-p" (Table 5) or a number in [0, 1]')
     add("--nthr-vocab", default="responses", choices=["responses", "all"], help="V*_x (App. 7.4), or Eq. 7 exactly")

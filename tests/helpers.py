@@ -129,7 +129,7 @@ def save_random_model(config, folder):
 
 
 def wrong_endings(main, cases):
-    """{flags: how main(flags) ended} of those `cases`, (flags, words), that did not end with one line with the words."""
+    """{flags: how main(flags) ended} of those `cases`, (flags, words), that did not end in one line with the words."""
     wrong = {}
     for flags, words in cases:
         try:

@@ -787,7 +787,6 @@ def test_an_error_of_the_script_is_on_stderr_with_exit_code_one(tmp_path):
 # ------------------------------------------------------------------------------------------------------ 8. a long run
 
 SOAK = ["--steps", 150, "--batch-size", 16, "--minibatch-size", 8, "--eval-every", 50, "--save-every", 10, "--seed", 0]
-RESULTS = ROOT / "tests" / "results"
 
 
 def slope(x, y):
@@ -869,7 +868,6 @@ def test_memory_open_files_and_step_time_do_not_grow_in_a_long_run(tmp_path):
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "transformers": transformers.__version__}}
     print(json.dumps(measured, indent=1))
-    write(RESULTS / "soak.json", json.dumps(measured, indent=1) + "\n")
     assert growth < 20 and files[0] == files[1] and 0.5 < measured["speed_drift"] < 2, measured
 
 
