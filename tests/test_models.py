@@ -185,6 +185,13 @@ def pickled(folder, name="pytorch_model.bin"):
     return folder
 
 
+def pickled_beside_another_file(folder):
+    """Its weights are a pickle without harm; the safetensors file beside them holds none of the model's."""
+    torch.save(load_file(embedded(folder) / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    return folder
+
+
 def cut_weights(folder):
     path = embedded(folder) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
@@ -210,6 +217,7 @@ REFUSED = {   # what is wrong: (folder -> the model, what the message must say)
     "a missing weight": (without_tensor, "has no weights for model.layers.1.mlp.up_proj.weight"),
     "pickled": (pickled, "holds pickled weights only (pytorch_model.bin), and loading a pickle can run any code"),
     "pickled .pt": (lambda folder: pickled(folder, "weights.pt"), "holds pickled weights only (weights.pt)"),
+    "pickled beside another file": (pickled_beside_another_file, "cannot load the model"),
     **{f"Hub kernel {key}": (lambda folder, key=key: embedded(folder, {key: "someone/kernel"}),
                              "asks for code from the Hub (someone/kernel), which is not run")
        for key in ("attn_implementation", "experts_implementation", "_attn_implementation")},
