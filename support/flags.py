@@ -159,7 +159,8 @@ def recorded_flags(out, args, parser):
         if is_user_code(recorded[name]) and getattr(args, name) != recorded[name]:
             fail(f"--resume would run {recorded[name]}, which {path} names: add --{name} {recorded[name]} if you "
                  f"trust it")
-    return {name: float(value) if value in ("inf", "-inf") else value for name, value in recorded.items()}
+    return {name: float(value) if value in ("inf", "-inf") else value for name, value in recorded.items()
+            if name != "eval_only"}
 
 
 def recordable_flags(args):

@@ -1,5 +1,6 @@
 """Models that Eq. 7 can read: loaded from safetensors, without dropout, with logits that are lm_head(hidden)."""
 import logging
+import re
 from pathlib import Path
 
 import torch
@@ -15,7 +16,8 @@ READ_NO_STATES = ("grpo", "pos-only")    # values of --method that do without hi
 
 def escape_log_record(record):
     """A logging filter: transformers reports names that it finds in a model's files, and they may hold anything."""
-    record.msg, record.args = "\n".join(map(printable, record.getMessage().expandtabs().split("\n"))), ()
+    text = re.sub("\x1b\\[[0-9;]*m", "", record.getMessage())                 # without transformers' own colours
+    record.msg, record.args = "\n".join(map(printable, text.expandtabs().split("\n"))), ()
     return True
 
 
