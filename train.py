@@ -312,7 +312,7 @@ def main():
         saved = not args.eval_only and checkpoints(args.out)
         fail(f"{error}{f'; the last checkpoint is intact: {resume_command(args)} continues from it' if saved else ''}")
     except KeyboardInterrupt:
-        print(f"interrupted: what is finished is in {args.out}; the same command starts again", file=sys.stderr)
+        print("interrupted: run the same command again, with another --out if that has answers", file=sys.stderr)
         sys.exit(130)
 
 

@@ -333,7 +333,7 @@ def test_a_signal_finishes_the_step_and_saves_it_and_a_second_one_ends_at_once(s
 def test_ctrl_c_while_a_run_is_loaded_leaves_nothing_behind(small, tmp_path, monkeypatch, capfd):
     act_at(monkeypatch, models, "load_model", 0, lambda: signal.default_int_handler(CTRL_C, None))
     assert exit_code(*small, "--out", tmp_path / "run") == 130
-    assert "interrupted before there was a result" in capfd.readouterr().err and not (tmp_path / "run").exists()
+    assert "interrupted: run the same command again" in capfd.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_a_signal_in_the_last_evaluation_does_not_undo_the_run(small, whole, tmp_path, monkeypatch, capfd):
