@@ -98,8 +98,8 @@ def full_pass(model, prompts, responses, temperature):
 
 
 def sample_by_hand(model, tokenizer, problems, case):
-    """Prompts and responses of the kept groups, row by row, and whether each is correct (K, G)."""
-    prompts, responses, correct, Q, G = [], [], [], case["batch_size"], case["group_size"]
+    """Prompts and responses of the kept groups, row by row, whether each is correct (K, G), and metrics of all."""
+    prompts, responses, correct, every, Q, G = [], [], [], [], case["batch_size"], case["group_size"]
     order = np.random.default_rng([0, 0]).permutation(len(problems))
     for round_ in range(case["sampling_rounds"]):
         asked = [problems[q] for q in order[round_ * Q:(round_ + 1) * Q]]
@@ -108,13 +108,16 @@ def sample_by_hand(model, tokenizer, problems, case):
         for q, row in enumerate(asked):
             rows = range(q * G, (q + 1) * G)
             right = [math_reward(sample.texts[i], row["answer"]) == 1 for i in rows]
+            every += [(right[i - q * G], len(ids), ids[-1] != tokenizer.eos_token_id) for i in rows
+                      for ids in [sample.response_ids[i][sample.response_mask[i]].tolist()]]
             if 0 < sum(right) < G and len(correct) < Q:
                 correct.append(right)
                 prompts += [sample.prompt_ids[i][sample.prompt_mask[i]] for i in rows]
                 responses += [sample.response_ids[i][sample.response_mask[i]] for i in rows]
         if len(correct) == Q:
             break
-    return prompts, responses, torch.tensor(correct)
+    rates = zip(("success_rate", "response_length", "truncated_share"), np.array(every, float).mean(0).tolist())
+    return prompts, responses, torch.tensor(correct), {"questions": len(every) // G, **dict(rates)}
 
 
 def algorithm_1_by_hand(A, pi, hidden, tokens, mask, correct, case):
@@ -136,7 +139,7 @@ def step_by_hand(problems, case):
     """One step of `case` with two passes per mini-batch: the weights after it, and the metrics that it logs."""
     model, reference = (AutoModelForCausalLM.from_pretrained(TINY).eval() for _ in range(2))
     tokenizer, temperature = AutoTokenizer.from_pretrained(TINY), case["temperature"]
-    prompts, responses, correct = sample_by_hand(model, tokenizer, problems, case)
+    prompts, responses, correct, sampled = sample_by_hand(model, tokenizer, problems, case)
     K, G = correct.shape
     tokens = pad_sequence(responses, batch_first=True)
     mask = torch.arange(tokens.shape[1]) < torch.tensor([[len(response)] for response in responses])
@@ -189,7 +192,7 @@ def step_by_hand(problems, case):
         change = torch.where(mask, full_pass(model, prompts, responses, temperature)[1] - old, 0.0).sum(1).view(K, G)
     delta = [change[k][correct[k]].mean().item() for k in range(K)]            # Eq. 2
     metrics = {name: np.mean([row[name] for row in logged]).item() for name in logged[0]}
-    metrics |= {"groups_kept": K, "updates": len(logged)}
+    metrics |= {"groups_kept": K, "updates": len(logged), **sampled}
     if not case["kl_coef"]:
         metrics["kl"] = None
     if case["delta_every"]:
@@ -231,7 +234,7 @@ def unlike_a_step_by_hand(change, small, folder, monkeypatch, adam_eps=1e-3, tol
 CASES = (   # pairwise, not all combinations
     dict(minibatch_size=8),
     dict(minibatch_size=4, nthr_vocab="all", kl_coef=0.1, nll_coef=0.3, temperature=0.8, clip_eps=0.01, lr=5e-3,
-         delta_every=0),
+         delta_every=0, sampling_rounds=2),
     dict(minibatch_size=2, nll_coef=0.3, temperature=1.2, eta="p", beta=0.5, max_grad_norm=0.1),
     dict(minibatch_size=2, method="grpo", kl_coef=0.1, temperature=0.8),
     dict(minibatch_size=8, method="pos-only", kl_coef=0.1, nll_coef=0.3, eta="1-p", lr=5e-3),
@@ -242,9 +245,10 @@ CASES = (   # pairwise, not all combinations
 
 
 def test_a_step_is_that_of_two_passes_written_out(small, tmp_path, monkeypatch):
-    """1, 2 and 4 mini-batches, with and without KL, NLL and Δ(x)."""
+    """1, 2 and 4 mini-batches, with and without KL, NLL and Δ(x); a second round of sampling fills a batch."""
     failed, metrics = zip(*(unlike_a_step_by_hand(case, small, tmp_path, monkeypatch) for case in CASES[:3]))
     assert not sum(failed, [])
+    assert metrics[0]["groups_kept"] < metrics[1]["groups_kept"] == 8
     assert metrics[1]["clip_share"] > 0 and metrics[2]["selected_share"] > 0 and metrics[1]["kl"] > 1e-6
 
 
@@ -373,6 +377,7 @@ def test_the_deviation_of_the_ratio_is_that_of_the_largest_token_since_sampling_
     def shifted(rollouts):
         joined = original(rollouts)
         assert joined.response_mask[3, 2] and joined.response_mask[5, 0]
+        assert joined.hidden is None                                           # grpo reads no states: none are kept
         joined.logprobs[3, 2] -= 0.25
         joined.logprobs[5, 0] += 0.5
         return joined
