@@ -379,3 +379,18 @@ def test_seconds_are_summed_by_phase():
     assert 0.04 <= timer["nthr"] and 0.02 <= timer["reference"] and 0.02 <= timer["evaluation"]
     assert timer["nthr"] + timer["reference"] + timer["evaluation"] < 5
     assert timer["model_update"] == timer["data_generation"] == 0
+
+
+def test_the_memory_table_of_the_readme_is_what_the_function_computes():
+    parser = flags.build_parser("")
+    parser.set_defaults(**flags.model_defaults("Qwen/Qwen2.5-0.5B"))
+    args = parser.parse_args(["--device", "cuda", "--dtype", "bfloat16"])
+    found = {"sampling": [], "update": []}
+    for layers, d, heads, inner in ((24, 896, 14, 4864), (28, 1536, 12, 8960), (36, 2048, 16, 11008)):     # of Qwen2.5
+        config = Qwen2Config(vocab_size=151936, hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads,
+                             num_key_value_heads=2, intermediate_size=inner, tie_word_embeddings=True)
+        for phase, size in memory.estimate_memory(config, args, 200)[1].items():
+            found[phase].append(f"{size / 2 ** 30:.1f}")
+    for name, words in (("sampling", "GiB in sampling"), ("update", "GiB in the update")):
+        line = next(line for line in (ROOT / "README.md").read_text().splitlines() if words in line)
+        assert [cell.strip() for cell in line.split("|")[2:5]] == found[name], line
