@@ -324,7 +324,7 @@ def test_hidden_states_of_several_rounds_are_within_the_estimate(small, tmp_path
     given = [*small, "--steps", 1, "--sampling-rounds", 4, "--batch-size", 12, "--minibatch-size", 12,
              "--group-size", 2]
     run_here(*given, "--out", tmp_path / "run")
-    assert metrics_of(tmp_path / "run")[1]["questions"] >= 36                  # three rounds at least
+    assert metrics_of(tmp_path / "run")[1]["questions"] >= 24                  # two rounds at least
     config = models.load_config(small[small.index("--model") + 1])
     parts, _ = memory.estimate_memory(config, flags.parse_args("", [*map(str, given), "--out", "none"]), 20)
     assert 0.6 * parts["hidden states"] < most[0] <= parts["hidden states"]
