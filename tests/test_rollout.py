@@ -412,8 +412,11 @@ def test_slots_are_refilled_a_quarter_at_a_time():
     model = chain_model(CHAIN)
     shapes = forward_shapes(model)
     rollout.generate(model, SMALL, [[6]] * 3 + [[4]] * 7, 1, 2, temperature=0, max_sequences=8)
-    # equal prompts lengths keep their order: 3 rows end at once (3 of 8 slots >= 2), the 2 waiting ones move up
+    # prompts of one length keep their order: 3 rows end at once (3 of 8 slots >= 2), the 2 waiting ones move up
     assert shapes == [(8, 1), (5, 1), (2, 1), (2, 1)]
+    shapes.clear()
+    rollout.generate(model, SMALL, [[6]] + [[4]] * 9, 1, 2, temperature=0, max_sequences=8)
+    assert shapes == [(8, 1), (7, 1), (2, 1), (2, 1)]                           # one free slot waits for another
 
 
 def unlike_transformers_in_a_small_cache(cases):
