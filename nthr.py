@@ -24,6 +24,7 @@ Departures from the paper, each with its reason:
   4. s̄⁺ is the printed sum, i = i' included. The words of §5 say "other" responses, which would lower τ.
   5. Groups with p = 0 or 1 come back unchanged (scores 0, τ = +∞, η = 1): there is nothing to compare.
   6. The printed Eq. 5 is a quantity of one y⁺_i. The sum over i, N⁺ times the mean, is what s⁻ and s⁺ add up to.
+  7. η multiplies negative advantages only: with graded rewards a wrong response may have a positive one, no penalty.
 App. 7.4's V*_x (vocabulary="responses") is the default as in the paper's runs; "all" is Eq. 7 without approximation.
 """
 import math
@@ -37,14 +38,21 @@ import torch
 
 class NTHR(NamedTuple):
     """What `nthr_advantages` returns."""
-    advantages: torch.Tensor   # (G, T) Â with the selected tokens multiplied by η (Algorithm 1)
+    advantages: torch.Tensor   # (G, T) Â, multiplied by η where it is negative and selected (Algorithm 1)
     selected: torch.Tensor     # (G, T) bool, V⁻ of Eq. 8
     scores: torch.Tensor       # (G, T) float32, s⁻ on wrong responses, s⁺ on correct ones, 0 on padding
     tau: torch.Tensor          # () float32, the threshold τ
     eta: float                 # the factor η of this group
 
 
-def _binary(name, values):
+def _binary(name, values, shape, device):
+    """A tensor, array or list of bools, or of 0 and 1, as a bool tensor of this shape; else a ValueError."""
+    try:
+        values = torch.as_tensor(values, device=device)
+    except (TypeError, ValueError, RuntimeError):                              # None, strings, rows of several lengths
+        raise ValueError(f"{name} must be bool or hold only 0 and 1, got {values!r:.60}") from None
+    if values.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(values.shape)}")
     if values.dtype != torch.bool and not ((values == 0) | (values == 1)).all():
         raise ValueError(f"{name} must be bool or hold only 0 and 1, got {values[(values != 0) & (values != 1)][0]}")
     return values.bool()
@@ -52,14 +60,13 @@ def _binary(name, values):
 
 def _check_group(hidden, tokens, mask, correct, lm_head):
     """mask and correct as bool, after a ValueError that names the first argument found wrong."""
-    if hidden.dim() != 3 or lm_head.dim() != 2 or hidden.shape[-1] != lm_head.shape[1]:
-        raise ValueError(f"hidden must be (G, T, d) and lm_head (V, d) with the same d, got "
-                         f"{tuple(hidden.shape)} and {tuple(lm_head.shape)}")
-    G, T, _ = hidden.shape
-    for name, value, expected in (("tokens", tokens, (G, T)), ("mask", mask, (G, T)), ("correct", correct, (G,))):
-        if value.shape != expected:
-            raise ValueError(f"{name} must have shape {expected} to match hidden, got {tuple(value.shape)}")
-    mask, correct = _binary("mask", mask), _binary("correct", correct)
+    if not torch.is_tensor(lm_head):
+        raise ValueError(f"lm_head must be a tensor (V, d), got {type(lm_head).__name__}: pass lm_head.weight")
+    if tokens.dim() != 2 or lm_head.dim() != 2 or hidden.shape != (*tokens.shape, lm_head.shape[1]):
+        raise ValueError(f"hidden must be (G, T, d), tokens (G, T) and lm_head (V, d), got {tuple(hidden.shape)}, "
+                         f"{tuple(tokens.shape)} and {tuple(lm_head.shape)}")
+    mask = _binary("mask", mask, tokens.shape, hidden.device)
+    correct = _binary("correct", correct, tokens.shape[:1], hidden.device)
     y = tokens[mask]
     if y.numel() and not 0 <= y.min() <= y.max() < len(lm_head):
         raise ValueError(f"tokens must be rows of lm_head, 0..{len(lm_head) - 1}, got {y.min()}..{y.max()}")
@@ -101,7 +108,7 @@ def nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs=None, vocabular
     """Eq. 7 by M⁺ (App. 7.4), `chunk_size` tokens at a time: never T⁺ × T⁻ and never T × V at once.
 
     hidden (G, T, d): last-layer states that predict `tokens` (G, T), i.e. the input of lm_head (V, d).
-    mask (G, T) bool: valid response tokens. correct (G,) bool.
+    mask (G, T) bool: valid response tokens. correct (G,): bools, or 0 and 1, as a tensor, array or list.
     vocabulary: "all", or "responses" = V*_x, the tokens that occur in the group (columns dropped, not renormalised).
     logprobs (G, T): the old policy's log π(tokens) at this temperature. "responses" then costs O(T |V*_x| d);
         without it the softmax normaliser costs one pass over V. "all" has every logit anyway and ignores it.
@@ -148,8 +155,8 @@ def nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs=None, vocabular
             mass.append(1 - error.sum(-1))                                     # Σ_v π(v) over the columns in use
     s, mass = torch.cat(s), torch.cat(mass)                                    # (N,), (N,)
     if mass.mean() > 1.2:                                                      # V*_x ⊂ V: at most 1 up to rounding
-        raise ValueError("logprobs are not log softmax(lm_head · hidden / temperature) of these tokens: pass None "
-                         "(a temperature that is another or tiny, shifted states, soft-capped logits, a head bias?)")
+        raise ValueError("hidden, tokens, logprobs or temperature do not belong together. Check first that state k "
+                         "predicts token k and is the lm_head's input; pass None only if logprobs alone are at fault")
     if not s.isfinite().all():
         raise ValueError("scores are not finite: lm_head holds NaN or infinity, or its logits or the scores overflow")
     return torch.zeros(mask.shape, device=s.device).masked_scatter(mask, s)     # (G, T) float32
@@ -162,7 +169,7 @@ def nthr_threshold(scores, mask, correct, beta=1.0):
     if math.isnan(beta) or beta == math.inf:
         raise ValueError(f"beta must be a real number or -inf, got {beta}")
     lengths = mask.sum(-1)                                                     # (G,)
-    rows = _binary("correct", correct) & (lengths > 0)
+    rows = _binary("correct", correct, lengths.shape, mask.device) & (lengths > 0)
     if not rows.any():
         return scores.new_tensor(math.inf)
     if beta == -math.inf:                                                      # −∞ · 0 would be NaN
@@ -185,23 +192,27 @@ def nthr_eta(success_rate, rule="2|0.5-p|"):
 
 
 def nthr_advantages(advantages, hidden, tokens, mask, correct, lm_head, *, logprobs=None, beta=1.0, eta="2|0.5-p|",
-                    vocabulary="responses", temperature=1.0):
-    """Algorithm 1 for one group: advantages (G, T) with those of the selected negative tokens multiplied by η.
+                    vocabulary="responses", temperature=1.0, chunk_size=512):
+    """Algorithm 1 for one whole group: the negative advantages of selected tokens are multiplied by η.
 
+    advantages (G, T), or one per response, (G,) or (G, 1), expanded to (G, T). A wrong response with a
+    positive one keeps it: Algorithm 1 weakens penalties. `selected` is Eq. 8's V⁻ all the same.
     The other arguments are those of `nthr_scores`, `nthr_threshold` (beta) and `nthr_eta` (eta). Returns an `NTHR`;
     nothing is modified in place. Groups with p = 0 or 1 come back unchanged. ValueError as in those functions."""
-    if advantages.shape != tokens.shape:
-        raise ValueError(f"advantages must have shape {tuple(tokens.shape)} like tokens, got {tuple(advantages.shape)}")
-    p = _binary("correct", correct).sum().item() / len(correct)                # success rate N⁺/G
-    factor = nthr_eta(p, eta)
+    mask, correct = _check_group(hidden, tokens, mask, correct, lm_head)
+    G, T = mask.shape
+    if advantages.shape not in ((G, T), (G,), (G, 1)):
+        raise ValueError(f"advantages must have shape {(G, T)}, {(G,)} or {(G, 1)}, got {tuple(advantages.shape)}")
+    advantages = (advantages[:, None] if advantages.dim() == 1 else advantages).expand(G, T).clone()
+    p = correct.sum().item() / G                                               # success rate N⁺/G
+    eta = nthr_eta(p, eta)
     if p in (0, 1):
-        mask, _ = _check_group(hidden, tokens, mask, correct, lm_head)
         scores = torch.zeros(mask.shape, device=mask.device)
         return NTHR(advantages, torch.zeros_like(mask), scores, scores.new_tensor(math.inf), 1.0)
-    scores = nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs, vocabulary, temperature)
+    scores = nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs, vocabulary, temperature, chunk_size)
     tau = nthr_threshold(scores, mask, correct, beta)
-    selected = mask.bool() & ~correct.bool()[:, None] & (scores > tau)         # Eq. 8
-    return NTHR(torch.where(selected, advantages * factor, advantages), selected, scores, tau, factor)
+    selected = mask & ~correct[:, None] & (scores > tau)                       # Eq. 8
+    return NTHR(torch.where(selected & (advantages < 0), advantages * eta, advantages), selected, scores, tau, eta)
 
 
 def gwhes(scores, mask, correct):
@@ -209,7 +220,7 @@ def gwhes(scores, mask, correct):
 
     Eq. 5 is a quantity of one correct response y⁺_i. This is its sum over i: divide by correct.sum() for the mean.
     Higher = lazier. Returns a () tensor; 0 when p is 0 or 1, where every advantage is 0."""
-    correct = _binary("correct", correct)
+    correct = _binary("correct", correct, mask.shape[:1], mask.device)
     p = correct.sum().item() / len(correct)
     if p in (0, 1):
         return scores.new_zeros(())
@@ -225,7 +236,6 @@ def _toy():
     tokens = torch.tensor([[words.index(word) for word in answer.split()] for answer in answers])
     hidden = W.sum(0).expand(*tokens.shape, 32) / 3                            # the question, before the first token
     for k in range(1, tokens.shape[1]):
-        hidden = hidden.clone()
         hidden[:, k] = 0.7 * hidden[:, k - 1] + W[tokens[:, k - 1]]
     correct = torch.tensor([True, True, False, False])
     advantages = torch.where(correct, 1.0, -1.0)[:, None].expand(tokens.shape)

@@ -5,6 +5,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -166,6 +167,10 @@ def test_logprobs_leave_no_work_of_vocabulary_size():
         with LargestTensor() as largest:
             nthr_scores(*half[:4], lm_head.nan_to_num(), vocabulary=vocabulary, chunk_size=2)
         assert largest.size <= 997 * 6                                         # M⁺ or lm_head; T × V would be 14 · 997
+    for chunk_size, size in ((2, 997 * 6), (512, 997 * mask.sum().item())):    # Algorithm 1 hands it on
+        with LargestTensor() as largest:
+            nthr_advantages(torch.zeros(5, 7), *half[:4], lm_head.nan_to_num(), chunk_size=chunk_size)
+        assert largest.size == size
 
 
 def test_half_precision_input_is_accumulated_in_float32():
@@ -198,8 +203,20 @@ def test_the_check_of_logprobs_does_not_depend_on_the_chunks():
     logprobs = logprobs_of(hidden, tokens, lm_head)
     for chunk_size in (1, 3, 1000):
         nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs + (torch.arange(7) == 0), chunk_size=chunk_size)
-        with pytest.raises(ValueError, match="logprobs are not"):
+        with pytest.raises(ValueError, match="do not belong together"):
             nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs + 1, chunk_size=chunk_size)
+
+
+def test_states_shifted_by_one_are_an_error_that_does_not_blame_the_logprobs():
+    """States of a policy that is sure of its tokens; "pass None" alone would silence the only alarm."""
+    hidden, tokens, mask, correct, lm_head = group(0, d=23)
+    lm_head, hidden = torch.eye(23).double(), 9.0 * torch.nn.functional.one_hot(tokens, 23).double()
+    logprobs = logprobs_of(hidden, tokens, lm_head)
+    nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs)
+    for shift in (-1, 1):
+        with pytest.raises(ValueError, match="Check first that state k predicts token k and is the lm_head's input; "
+                                             "pass None only if logprobs alone are at fault"):
+            nthr_scores(hidden.roll(shift, 1), tokens, mask, correct, lm_head, logprobs)
 
 
 def test_chunks_padding_and_order_change_nothing():
@@ -305,6 +322,35 @@ def test_algorithm_1():
     assert chosen > 10 and left > 10                                           # the cases hold both kinds of token
 
 
+def test_positive_advantages_are_kept_and_one_per_response_is_expanded():
+    """Graded rewards: a wrong response can be better than the mean. Eq. 8 selects its tokens; η is for penalties."""
+    args = hidden, tokens, mask, correct, lm_head = group(26, correct=[1, 0, 1, 0, 1])
+    scores, T = eq7(*args), mask.shape[1]
+    tau = 0.1 * min(scores[i][mask[i]].mean() for i in (0, 2, 4) if mask[i].any())
+    graded = [1.25, -0.5, 0.0, 0.75, -1.5], [-0.25, 0.5, -1.25, -0.75, 1.5]    # the wrong ones are 1 and 3
+    tokenwise = torch.randn(5, T, generator=torch.Generator().manual_seed(0))
+    kept, weakened = 0, 0
+    with cases() as case:
+        for given in (tokenwise, tokenwise.bfloat16(), *map(torch.tensor, graded)):
+            rows = given.tolist() if given.dim() == 2 else [[value] * T for value in given.tolist()]
+            expected, selected = [row[:] for row in rows], torch.zeros(5, T, dtype=torch.bool)
+            for j in (1, 3):
+                for k in range(T):
+                    if mask[j, k] and scores[j, k] > tau:
+                        selected[j, k] = True
+                        kept, weakened = kept + (rows[j][k] > 0), weakened + (rows[j][k] < 0)
+                        expected[j][k] *= 0.5 if rows[j][k] < 0 else 1         # exact in binary
+            for advantages in [given] if given.dim() == 2 else [given, given[:, None]]:
+                with case((given.dtype, tuple(advantages.shape))):
+                    result = nthr_advantages(advantages, *args, beta=0.1, eta=0.5, **ALL)
+                    assert torch.equal(result.selected, selected) and result.advantages.dtype == given.dtype
+                    assert result.advantages.tolist() == expected
+                    for eta, right in ((1, correct), (0, [1] * 5)):            # nothing to weaken: bit for bit
+                        same = nthr_advantages(advantages, *args[:3], right, lm_head, beta=-math.inf, eta=eta)
+                        assert same.advantages.tolist() == rows
+    assert kept > 5 and weakened > 5
+
+
 def test_selection_is_strict():
     """Eq. 8 says s > τ: a token with s = τ exactly is not selected. W = 0 makes all numbers exact in binary."""
     hidden = torch.tensor([[[1.0]], [[1.0]], [[1.5]]])                         # s = α h⁺ h with α = 1/2, h⁺ = 1
@@ -366,6 +412,33 @@ def test_gwhes_is_eq5():
     close(gwhes(nthr_scores(*args, **ALL) + 9.0 * ~mask, mask, correct), total)        # padding is not looked at
 
 
+def test_correct_may_be_a_list_or_an_array():
+    hidden, tokens, mask, _, lm_head = group(1)
+    expected = eq7(hidden, tokens, mask, torch.tensor([True, False, True, False, False]), lm_head)
+    scores, ones = torch.tensor([[1.0, 2.0], [4.0, 4.0]]), torch.ones(2, 2)    # means 1.5 and 4, sums 3 and 8; p = 1/2
+    with cases() as case:
+        for name, of in (("list of bools", lambda *x: [v == 1 for v in x]), ("list of 0 and 1", lambda *x: [*x]),
+                         ("tuple", lambda *x: x), ("floats", lambda *x: torch.tensor(x).float()),
+                         ("bool array", lambda *x: np.array(x) == 1), ("float array", lambda *x: np.array(x) * 1.0)):
+            with case(name):
+                args = hidden, tokens, mask, of(1, 0, 1, 0, 0), lm_head
+                close(nthr_scores_pairwise(*args), expected)
+                close(nthr_scores(*args, **ALL), expected)
+                close(nthr_advantages(torch.zeros(5), *args, **ALL).scores, expected)
+                assert nthr_threshold(scores, ones, of(0, 1)) == 4 and nthr_threshold(scores, ones, of(1, 0)) == 1.5
+                assert gwhes(scores, ones, of(0, 1)) == 3 - 8 and gwhes(scores, ones, of(1, 0)) == 8 - 3
+        for wrong in ([None, 1], ["right", "wrong"], [1, 0.5], np.array([1, -1]), [[1], [1, 0]], [math.nan, 1], None):
+            for name, function in (("threshold", nthr_threshold), ("gwhes", gwhes)):
+                with case((name, wrong)):
+                    with pytest.raises(ValueError, match="correct must be bool or hold only 0 and 1, got "):
+                        function(scores, ones, wrong)
+        for wrong in (torch.ones(2, 1), [1, 0, 1], True):
+            for name, function in (("threshold", nthr_threshold), ("gwhes", gwhes)):
+                with case((name, wrong)):
+                    with pytest.raises(ValueError, match=r"correct must have shape \(2,\), got \("):
+                        function(scores, ones, wrong)
+
+
 # --- input that must be refused, and the file itself
 
 def test_bad_input_is_named():
@@ -377,14 +450,19 @@ def test_bad_input_is_named():
         for name, change, message in (
                 ("hidden", lambda x: x[0], "hidden must be"), ("hidden", lambda x: x[..., :-1], "hidden must be"),
                 ("hidden", with_one(math.nan), "hidden holds NaN"), ("hidden", with_one(-math.inf), "or infinite"),
-                ("lm_head", lambda x: x.T, "lm_head"), ("tokens", lambda x: x[:, 1:], "advantages must have shape"),
+                ("lm_head", lambda x: x.T, "lm_head"), ("tokens", lambda x: x[:, 1:], r"tokens \(G, T\)"),
+                ("lm_head", lambda x: torch.nn.Linear(6, 23), r"lm_head must be a tensor \(V, d\), got Linear: pass "
+                                                              r"lm_head\.weight"),
                 ("tokens", lambda x: x - x.min() - 1, "must be rows of lm_head, 0..22, got -1"),
                 ("tokens", lambda x: x.where(x < x[0, 0], 23), "must be rows of lm_head, 0..22, got .*23"),
                 ("mask", lambda x: x[1:], "mask must have shape"), ("mask", lambda x: x * 2, "mask must be bool"),
                 ("correct", lambda x: x[1:], "correct must have shape"),
+                ("correct", lambda x: x[:, None], r"correct must have shape \(5,\), got \(5, 1\)"),
+                ("correct", lambda x: [*x.tolist()[:-1], None], "correct must be bool or hold only 0 and 1, got .*No"),
                 ("correct", lambda x: x * 0.5, "correct must be bool or hold only 0 and 1, got 0.5"),
                 ("correct", lambda x: torch.where(x, 1.0, -1.0), "correct must be bool"),
-                ("advantages", lambda x: x[:, :1], "advantages must have shape")):
+                ("advantages", lambda x: x[0], r"advantages must have shape \(5, 7\), \(5,\) or \(5, 1\), got \(7"),
+                ("advantages", lambda x: x[:1], "advantages must have"), ("advantages", lambda x: x.T, "advantages")):
             for p in (3 / 5, 1):
                 values = dict(zip(names, group(0)), advantages=torch.zeros(5, 7))
                 if p == 1 and name != "correct":
@@ -402,7 +480,7 @@ def test_bad_settings_and_logprobs_are_named():
         for setting, message in (({"vocabulary": "some"}, "vocabulary"), ({"temperature": 0}, "temperature"),
                                  ({"chunk_size": 0}, "chunk_size"), ({"logprobs": logprobs[:1]}, "logprobs must"),
                                  ({"logprobs": logprobs * math.nan}, "logprobs must be finite"),
-                                 ({"logprobs": logprobs + 1}, "logprobs are not")):
+                                 ({"logprobs": logprobs + 1}, "do not belong together")):
             with case(message):
                 with pytest.raises(ValueError, match=message):
                     nthr_scores(*args, **setting)
