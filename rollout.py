@@ -17,7 +17,6 @@ from grpo import check_head, compute_dtype
 
 # Shapes: Q prompts, G responses each, B = Q·G rows (those of a prompt consecutive), P prompt and T response tokens,
 #         V vocabulary, d hidden size, R rows that are decoded together
-SHOW_PROGRESS_AFTER = 10                # seconds
 BUCKET = 64                             # columns by which the KV cache grows
 PREFILL_TOKENS = 2 ** 14                # prompt tokens in one forward pass
 # Ends of a chat turn. Base models share the template, but may list only <|endoftext|> as their end (Qwen2.5).
@@ -229,13 +228,14 @@ def _decode(model, prompts, group_size, pad_id, slots, max_new_tokens, temperatu
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, group_size, max_new_tokens, temperature=1.0, seed=None, max_sequences=256,
-             stop_ids=None, keep_hidden=True):
+             stop_ids=None, keep_hidden=True, bar_after=10):
     """Sample `group_size` responses to each prompt: a Rollout of B = len(prompts) · group_size rows, prompt by prompt.
 
     prompts: strings (tokenised without special tokens) or lists of token ids. temperature 0 is greedy, with the
     log-probabilities of temperature 1. seed: an int for reproducible sampling on one machine; None: torch's generator.
     max_sequences bounds the rows whose KV cache exists at one time. stop_ids: default `stop_token_ids`.
     keep_hidden=False leaves `Rollout.hidden` None, as for an evaluation: B · T · d numbers less.
+    bar_after: seconds after which a progress bar appears.
     Raises ValueError on bad arguments and as `check_cache` and `grpo.check_head`, FloatingPointError on NaN or +inf
     logits."""
     sizes = (group_size, max_new_tokens, max_sequences)
@@ -253,7 +253,7 @@ def generate(model, tokenizer, prompts, group_size, max_new_tokens, temperature=
     model.eval()                                                               # no dropout, and a cache that is kept
     try:
         with tqdm(total=len(prompts) * group_size * max_new_tokens, desc="sampling", unit=" tokens", unit_scale=True,
-                  leave=False, delay=SHOW_PROGRESS_AFTER) as bar:
+                  leave=False, delay=bar_after) as bar:
             tokens, logprobs, hidden, lengths, finished = _decode(
                 model, prompts, group_size, pad_id, max_sequences, max_new_tokens, temperature, generator, stop_ids,
                 keep_hidden, bar)

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from grpo import (group_advantages, grpo_loss, likelihood_change, pos_only, random_selection, response_logprobs,
                   token_weights)
@@ -26,14 +25,14 @@ from nthr import nthr_advantages
 from rollout import concatenate, generate
 from support.checkpoint import (Progress, StopSignal, append_rows, checkpoints, cut_log, load_progress, lock_folder,
                                 replace_text, save_checkpoint)
-from support.data import (draw_questions, encode_prompts, load_eval_problems, load_function, load_reward,
-                          split_problems, step_seed)
+from support.data import draw_questions, load_function, load_reward, step_seed
 from support.errors import OutOfMemory, fail
-from support.evaluate import accuracy_line, accuracy_metrics, accuracy_table, greedy_answers
+from support.evaluate import (accuracy_line, accuracy_metrics, accuracy_table, greedy_answers,
+                              rewarded_answers, sampled_group, warn_if_none_is_right, warn_if_unmixed)
 from support.flags import parse_args, recordable_flags, resume_command
-from support.memory import Timer, announce_memory, micro_batches, peak_memory
-from support.models import (READ_NO_STATES, checkpoint_activations, load_config, load_model, load_pretrained,
-                            precision)
+from support.memory import Timer, micro_batches, peak_memory
+from support.models import READ_NO_STATES, checkpoint_activations, load_model, precision
+from support.start import load_data
 
 # Shapes: Q questions, G responses each, K kept questions, B = K·G rows (the G of a question consecutive), T tokens
 NOT_MEASURED = dict.fromkeys("tau eta selected_share updates skipped_updates loss clip_share kl nll grad_norm "
@@ -46,19 +45,20 @@ class Run:
     model: torch.nn.Module         # π_θ
     reference: torch.nn.Module     # π_ref of the KL penalty; None without --kl-coef
     optimizer: torch.optim.Optimizer
+    progress: Progress
     tokenizer: object
     problems: list                 # {"problem", "answer"} each
     prompts: list                  # their token ids
     eval_problems: list
     eval_prompts: list
-    progress: Progress
+    sampled: tuple = ()            # a group of the last step, for samples.jsonl
 
 
 def sample_groups(run, args, step):
     """y_i ~ π_old and r_i for the next questions; groups that are all right or all wrong are dropped (App. 7.3).
 
-    Returns the rollout of the K kept groups (None if K is 0), correct (K, G) bool, and metrics of all samples."""
-    reward, kept, correct, rewards, lengths, finished = load_reward(args.reward), [], [], [], [], []
+    Returns the rollout of the K kept groups (None if K is 0), correct (K, G) bool; all answers, and their metrics."""
+    reward, kept, correct, answers, lengths = load_reward(args.reward), [], [], [], []
     for round_ in range(args.sampling_rounds):
         questions = draw_questions(len(run.problems), run.progress.position, args.batch_size, args.seed)
         run.progress.position += args.batch_size
@@ -66,21 +66,21 @@ def sample_groups(run, args, step):
             rollout = generate(run.model, run.tokenizer, [run.prompts[q] for q in questions], args.group_size,
                                args.max_new_tokens, args.temperature, step_seed(args.seed, step, round_),
                                args.max_sequences, keep_hidden=args.method not in READ_NO_STATES)
-        golds = [run.problems[q]["answer"] for q in questions for _ in range(args.group_size)]
-        rewards += map(reward, rollout.texts, golds)
         lengths += rollout.response_mask.sum(1).tolist()
-        finished += rollout.finished.tolist()
-        right = torch.tensor(rewards[-len(golds):]).view(-1, args.group_size) == 1             # (Q, G)
+        rows = rewarded_answers([run.problems[q] for q in questions for _ in range(args.group_size)], rollout, reward)
+        answers += rows
+        right = torch.tensor([row["reward"] == 1 for row in rows]).view(-1, args.group_size)   # (Q, G)
         mixed = (right.any(1) & ~right.all(1)).nonzero()[:args.batch_size - len(correct), 0]
         if len(mixed):
             kept.append(rollout.select(torch.arange(right.numel()).view_as(right)[mixed].flatten()))
             correct += right[mixed]
         if len(correct) == args.batch_size:
             break
-    metrics = {"questions": len(rewards) // args.group_size, "groups_kept": len(correct),
-               "success_rate": np.mean(rewards).item(), "response_length": np.mean(lengths).item(),
-               "tokens": sum(lengths), "truncated_share": 1 - np.mean(finished).item()}
-    return (concatenate(kept), torch.stack(correct).to(args.device), metrics) if kept else (None, None, metrics)
+    success_rate, finished = (np.mean([row[name] for row in answers]).item() for name in ("reward", "finished"))
+    metrics = {"questions": len(answers) // args.group_size, "groups_kept": len(correct), "success_rate": success_rate,
+               "response_length": np.mean(lengths).item(), "tokens": sum(lengths), "truncated_share": 1 - finished}
+    groups = (concatenate(kept), torch.stack(correct).to(args.device)) if kept else (None, None)
+    return *groups, answers, metrics
 
 
 def credit_rule(args, generator, selections):
@@ -108,9 +108,12 @@ def credit_rule(args, generator, selections):
 
 @torch.no_grad()
 def token_advantages(model, rollout, correct, args, step):
-    """Â of §2, then the rule of --method once per group, on what sampling kept: (B, T), and NTHR's metrics."""
+    """Â of §2, then the rule of --method once per group, on what sampling kept: (B, T).
+
+    Also returns which advantages the rule changed, (B, T) bool, and NTHR's metrics."""
     mask, lm_head, selections = rollout.response_mask, model.get_output_embeddings().weight, []
     advantages = group_advantages(correct.float()).view(-1, 1).repeat(1, mask.shape[1])            # (B, T)
+    before = advantages.clone()
     generator = torch.Generator().manual_seed(step_seed(args.seed, step, args.sampling_rounds))    # no round has it
     rule = credit_rule(args, generator, selections)
     for k, right in enumerate(correct):                                        # (G,)
@@ -123,10 +126,12 @@ def token_advantages(model, rollout, correct, args, step):
             fail(f"--method {args.method} must return finite advantages (G, T) = {(args.group_size, t)}, got "
                  f"{str(getattr(changed, 'shape', changed))[:60]} with {str(changed)[:60]}")
         advantages[rows, :t] = changed
+    changes = (advantages != before) & mask
     if not selections:
-        return advantages, {}
+        return advantages, changes, {}
     (tau, eta, selected), negative = np.array(selections).T, mask[~correct.flatten()].sum().item()
-    return advantages, {"tau": tau.mean(), "eta": eta.mean(), "selected_share": selected.sum() / max(1, negative)}
+    metrics = {"tau": tau.mean(), "eta": eta.mean(), "selected_share": selected.sum() / max(1, negative)}
+    return advantages, changes, metrics
 
 
 def policy_logprobs(model, rollout, rows, args):
@@ -202,40 +207,40 @@ def step_likelihood_change(model, rollout, correct, old, args):
 
 def train_step(run, args, step):
     """Algorithm 1 on the next questions: sample, reward, score, update. Returns metrics; moves run.progress on."""
-    timer = Timer()
+    timer, changes = Timer(), None
     with timer("data_generation"):                                             # y_i ~ π_old, r_i, mixed groups only
-        rollout, correct, metrics = sample_groups(run, args, step)
+        rollout, correct, answers, metrics = sample_groups(run, args, step)
     if rollout:
         with timer("nthr"):                                                    # Eq. 7, Eq. 8, Algorithm 1
-            advantages, nthr_metrics = token_advantages(run.model, rollout, correct, args, step)
+            advantages, changes, nthr_metrics = token_advantages(run.model, rollout, correct, args, step)
         rollout.hidden = None                                                  # read; the update needs the memory
         old, update_metrics = update(run, rollout, correct, advantages, args, timer)               # Eq. 1
         metrics |= nthr_metrics | update_metrics
         if args.delta_every and step % args.delta_every == 0:
             with timer("likelihood_change"):                                   # Eq. 2
                 metrics |= step_likelihood_change(run.model, rollout, correct, old, args)
+    run.sampled = (sampled_group(answers, args.group_size, rollout, changes, run.tokenizer, args.instruction),)
+    run.progress.unmixed = 0 if rollout else run.progress.unmixed + 1
+    warn_if_unmixed(run.progress.unmixed, step == args.steps and not run.optimizer.state, answers, args.reward,
+                    args.max_new_tokens)
     metrics["tokens_per_second"] = metrics.pop("tokens") / timer["data_generation"]
     return {**NOT_MEASURED, **metrics, "seconds": timer}
 
 
 def evaluate(run, args, step):
-    """Greedy accuracy: printed, and returned as metrics. The first five answers go to samples.jsonl."""
+    """Greedy accuracy: printed, and returned as metrics. samples.jsonl gets five answers and one sampled group."""
     answers = greedy_answers(run.model, run.tokenizer, run.eval_problems, run.eval_prompts, load_reward(args.reward),
                              args.max_new_tokens, args.max_sequences, args.dtype)
-    append_rows(Path(args.out) / "samples.jsonl", [{"step": step, **row} for row in answers[:5]])
+    append_rows(Path(args.out) / "samples.jsonl", [{"step": step, **row} for row in (*answers[:5], *run.sampled)])
     tqdm.write(accuracy_line(step, answers))
+    warn_if_none_is_right(answers, args.reward, args.max_new_tokens)
     return accuracy_metrics(answers)
 
 
 def load_run(args, checkpoint):
     """A `Run` from --model, or from a checkpoint."""
     source = str(checkpoint or args.model)
-    tokenizer = load_pretrained(AutoTokenizer, source)                         # first: a misspelt id is found at once
-    problems, eval_problems = split_problems(args.data, args.eval_data, args.eval_size)
-    config = load_config(source)
-    prompts, eval_prompts = (encode_prompts(rows, tokenizer, config, args.max_new_tokens, args.reward)
-                             for rows in (problems, eval_problems))
-    announce_memory(config, args, max(map(len, prompts)))
+    data = load_data(args, source)
     model = load_model(source, args.device, args.method)
     if args.gradient_checkpointing:
         checkpoint_activations(model)
@@ -243,7 +248,7 @@ def load_run(args, checkpoint):
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=args.device.startswith(("cpu", "cuda")))             # no copies of weights
     progress = load_progress(checkpoint, optimizer) if checkpoint else Progress()
-    return Run(model, reference, optimizer, tokenizer, problems, prompts, eval_problems, eval_prompts, progress)
+    return Run(model, reference, optimizer, progress, *data)
 
 
 def train(args):
@@ -283,24 +288,19 @@ def train(args):
     if progress.step < args.steps:
         print(f"stopped after step {progress.step}; continue with: {stop.command}")
         sys.exit(128 + stopping)
-    if not run.optimizer.state:                                                # AdamW has moments from the first update
-        print("warning: no update was made, as no question had both right and wrong answers: look at --reward and "
-              "--data, or draw more with --group-size or --sampling-rounds", file=sys.stderr)
     print(f"done: metrics in {out}/metrics.jsonl, the model in {out}/checkpoint")
 
 
 def evaluate_only(args):
     """Greedy answers of --model to all of --eval-data: a table, and answers.jsonl in --out."""
-    tokenizer = load_pretrained(AutoTokenizer, args.model)
-    problems, config = load_eval_problems(args.eval_data, args.eval_size), load_config(args.model)
-    prompts = encode_prompts(problems, tokenizer, config, args.max_new_tokens, args.reward)
-    announce_memory(config, args, max(map(len, prompts)))
+    tokenizer, _, _, problems, prompts = load_data(args, args.model)
     model, answers, path = load_model(args.model, args.device, "grpo"), [], Path(args.out) / "answers.jsonl"
     for _, pairs in groupby(zip(problems, prompts), lambda pair: pair[0]["benchmark"]):
         answers += greedy_answers(model, tokenizer, *zip(*pairs), load_reward(args.reward), args.max_new_tokens,
                                   args.max_sequences, args.dtype)
         replace_text(path, "".join(json.dumps(row) + "\n" for row in answers))                    # what is done is kept
     print(*accuracy_table(answers), f"all answers are in {path}", sep="\n")
+    warn_if_none_is_right(answers, args.reward, args.max_new_tokens)
 
 
 def main():

@@ -92,8 +92,9 @@ class NTHRTrainer(GRPOTrainer):
                                                                self.args.per_device_train_batch_size)[0][known]
             hidden = torch.cat(states)[known, -T - 1:-1]                       # those that predict the last T tokens
             y, valid = tokens[rows, :T][known], answers[rows, :T, 2][known]
-            factors[rows, :T][known] = nthr_advantages(torch.ones_like(logprobs), hidden, y, valid, right[g, known], W,
-                                                       logprobs=logprobs, **self._nthr).advantages
+            penalties = nthr_advantages(-torch.ones_like(logprobs), hidden, y, valid, right[g, known], W,
+                                        logprobs=logprobs, **self._nthr).advantages
+            factors[rows, :T][known] = -penalties
         self.model.train()
         hook.remove()
         return factors[rank * n:(rank + 1) * n, :mask.shape[1]]

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))                                                  #
 from rollout import Rollout, generate  # noqa: E402
 from support.data import EMBEDDED, TINY, encode_prompts, load_problems, load_reward, step_seed  # noqa: E402
 from support.errors import fail  # noqa: E402
-from support.flags import flag_adder, model_defaults  # noqa: E402
+from support.flags import flag_adder, model_defaults, model_folder  # noqa: E402
 from support.models import choose_device, load_model, load_pretrained  # noqa: E402
 
 SMALL = 1e8        # parameters: models of up to so many are studied in float64
@@ -46,6 +46,7 @@ def build_parser(doc, script, questions, eta):
         help="Hugging Face id or local folder (default: the embedded model in tiny/)")
     add("--data", help='JSON or JSONL file, or "math": MATH without MATH-500, levels 3-5; or "gsm8k"')
     add("--reward", help='"math", or FILE.py:FUNCTION')
+    add("--instruction", metavar="TEXT", help="what follows each problem, as for train.py")
     add("--questions", type=int, help=f"groups with both right and wrong responses to collect (default: embedded model "
         f"{questions[0]}, real model {questions[1]})")
     add("--group-size", type=int, default=8, help="G, responses per question")
@@ -69,9 +70,9 @@ def parse_flags(parser, argv):
     """Flags -> Namespace, with the defaults of --model; one line for values that cannot work."""
     args = parser.parse_args(argv)
     embedded = Path(args.model).resolve() in EMBEDDED
-    defaults = model_defaults(args.model)
+    defaults = model_defaults(args.model, args.reward)
     defaults["micro_batch_size"] = args.group_size if embedded else 4
-    for name in ("data", "reward", "max_new_tokens", "max_sequences", "micro_batch_size"):
+    for name in ("data", "reward", "instruction", "max_new_tokens", "max_sequences", "micro_batch_size"):
         if getattr(args, name) is None:
             setattr(args, name, defaults[name])
     if args.questions is None:
@@ -85,6 +86,7 @@ def parse_flags(parser, argv):
     args.device = choose_device(args.device)
     load_reward(args.reward)
     args.out = args.out or f"runs/{args.script}-{Path(args.model).resolve().name}"
+    args.model = model_folder(args.model)
     return args
 
 
@@ -93,7 +95,7 @@ def load_model_and_prompts(args):
     tokenizer = load_pretrained(AutoTokenizer, args.model)
     problems = load_problems(args.data)
     model = load_model(args.model, args.device, "nthr")
-    prompts = encode_prompts(problems, tokenizer, model.config, args.max_new_tokens, args.reward)
+    prompts = encode_prompts(problems, tokenizer, model.config, args.max_new_tokens, args.instruction)
     return model, tokenizer, problems, prompts
 
 

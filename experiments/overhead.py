@@ -161,12 +161,11 @@ def train_metrics(args, method, steps, *flags):
     names = ("model", "data", "batch_size", "group_size", "max_new_tokens", "max_sequences", "seed", "device", "dtype")
     given = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
     fixed = ["--eval-size=1", "--eval-every=0", "--save-every=0", "--keep-checkpoints=1", "--delta-every=0"]
-    search = os.pathsep.join([str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")])     # of REWARD
     result = subprocess.run(
         [sys.executable, str(common.ROOT / "train.py"), *given, *fixed, f"--minibatch-size={args.batch_size}",
          f"--eval-data={args.data}", f"--reward={REWARD}", f"--method={method}", f"--steps={steps + 1}",
          f"--out={folder}", *flags], stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding="utf-8",
-        env={**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": str(torch.get_num_threads()), "TQDM_DISABLE": "1"})
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "TQDM_DISABLE": "1"})
     if result.returncode:
         fail(f"train.py ended with: {(result.stderr.splitlines() or ['nothing'])[-1].removeprefix('error: ')}")
     shutil.rmtree(folder / "checkpoint")                                       # gigabytes for a real model
@@ -283,7 +282,7 @@ def benchmark_sampling(args):
     mean of about 64; "fixed length": no stop id, every response has --max-new-tokens."""
     tokenizer, model = load_pretrained(AutoTokenizer, args.model), load_model(args.model, args.device, "nthr")
     problems = load_problems(args.data)[:args.batch_size]
-    prompts = encode_prompts(problems, tokenizer, model.config, args.max_new_tokens, REWARD)
+    prompts = encode_prompts(problems, tokenizer, model.config, args.max_new_tokens, "")
     stops = list(range(0, VOCABULARY, 64)) if args.shape else stop_token_ids(model, tokenizer)
     model.generation_config = GenerationConfig()                               # no repetition penalty, top-p or EOS
     rows, ratios, measured = [], [], {}
@@ -392,7 +391,7 @@ def benchmark_trl(args):
         return {"not_run": f"trl was not run ({error}): pip install trl"}
     rows, on_cpu, defaults = args.batch_size * args.group_size, args.device == "cpu", model_defaults(args.model)
     tokenizer, problems = load_pretrained(AutoTokenizer, args.model), load_problems(args.data)[:args.batch_size]
-    prompts = encode_prompts(problems, tokenizer, load_config(args.model), args.max_new_tokens, REWARD)
+    prompts = encode_prompts(problems, tokenizer, load_config(args.model), args.max_new_tokens, "")
     texts = [tokenizer.decode(prompt) for prompt in prompts]
     if len(texts) < args.batch_size:
         fail(f"{args.data} has {len(texts)} problems only: lower --batch-size {args.batch_size}")

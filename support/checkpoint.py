@@ -24,6 +24,7 @@ class Progress:
     step: int = 0                # steps done
     position: int = 0            # questions drawn
     nonfinite: int = 0           # updates skipped in a row, for a loss or gradient that was not finite
+    unmixed: int = 0             # steps in a row in which no question had both right and wrong answers
 
 
 class StopSignal:

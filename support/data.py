@@ -2,6 +2,8 @@
 import json
 import math
 import runpy
+import sys
+from contextlib import suppress
 from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
@@ -10,11 +12,12 @@ import numpy as np
 import torch
 
 from reward import extract_answer, math_reward
-from support.errors import fail
+from support.errors import fail, warn
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
 EMBEDDED = {TINY: "math", TINY / "stack": f"{TINY / 'stack_machine.py'}:program_reward"}    # model folder: reward
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
+LONGEST_GOLD = 200    # characters of an answer, above which a model is hardly meant to give it
 GITHUB = "https://raw.githubusercontent.com"
 QWEN_MATH = f"{GITHUB}/QwenLM/Qwen2.5-Math/a45202bd16f1ec06f433442dc1152d0074773465/evaluation/data"
 GSM8K = f"{GITHUB}/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data"
@@ -89,29 +92,50 @@ def answer_text(value):
     return str(value).rpartition("####")[2].strip() if is_text else ""
 
 
+def read_problem(row):
+    """(problem, answer) of one row, "" for one that no field holds. Capital letters in names of fields do not matter.
+
+    Fields: those of README.md, MATH, Minerva, OlympiadBench (final_answer), MAWPS (input, target), SVAMP and ASDiv
+    (body and question). ASDiv writes a unit in brackets after the number: "9 (apples)"."""
+    row = {name.lower(): value for name, value in row.items()} | row
+    problem = next((row[name] for name in ("problem", "question", "input")
+                    if isinstance(row.get(name), str) and row[name].strip()), "")
+    answer = next(filter(None, (answer_text(row.get(name)) for name in ("answer", "final_answer", "target"))), None)
+    if problem and isinstance(row.get("body"), str):
+        body, number = row["body"].strip(), (answer or "").partition(" (")[0]
+        problem = f"{body}{'' if body.endswith(('.', '?', '!')) else '.'} {problem.strip()}"
+        with suppress(ValueError):                                             # "Yes (to both)"
+            answer = number if math.isfinite(float(number.replace(",", ""))) else answer
+    solution = row.get("solution")
+    boxed = extract_answer("\n".join(map(str, solution)) if isinstance(solution, list) else solution)
+    return problem, answer or boxed
+
+
 def load_problems(source, named=TRAINING_SETS):
     r"""[{"problem": str, "answer": str}] from a JSON list or JSONL file, or a data set with a name, `named` first.
 
-    problem: the field `problem` or `question`. answer: `answer`, else `final_answer` (text, a number or a list),
-    else the last \boxed{} of `solution`. "math" holds levels 3-5. Exits with the line or item that cannot be used."""
+    The answer is a field of `read_problem`, else the last \boxed{} of `solution`. "math" holds levels 3-5. Warns of
+    answers that look like whole solutions. Exits with the line or item that cannot be used."""
     known = {**TRAINING_SETS, **BENCHMARKS, **named}
     path = download(source, *known[source]) if source in known else Path(source)
-    problems = []
+    problems, long = [], []
     for place, row in read_rows(path):
         if not isinstance(row, dict):
             fail(f"{path}, {place}: expected an object with a problem and an answer, got {type(row).__name__}")
-        problem = row.get("problem") or row.get("question")
-        if not isinstance(problem, str) or not problem.strip():
-            fail(f"{path}, {place}: expected text in `problem` or `question`")
-        solution = row.get("solution")
-        answer = (answer_text(row.get("answer")) or answer_text(row.get("final_answer"))
-                  or extract_answer("\n".join(map(str, solution)) if isinstance(solution, list) else solution))
-        if not answer:
-            fail(f"{path}, {place}: expected an `answer`, a `final_answer`, or a `solution` with a \\boxed answer")
+        problem, answer = read_problem(row)
+        if not problem or not answer:
+            missing = "text in `problem` or `question`" if not problem else (
+                "an `answer`, a `final_answer`, or a `solution` with a \\boxed answer")
+            fail(f"{path}, {place}: expected {missing}, got the fields {', '.join(row)[:200] or 'none'}: rename them "
+                 f"(README.md, Your own task)")
         if source != "math" or row.get("level") in ("Level 3", "Level 4", "Level 5"):
             problems.append({"problem": problem, "answer": answer})
+            long += [place] if len(answer) > LONGEST_GOLD or "\n" in answer else []
     if not problems:
         fail(f"{path} holds no problems")
+    if long and source not in known:                                           # nobody would mend a benchmark
+        warn(f"{len(long)} of {len(problems)} answers in {path} have several lines or over {LONGEST_GOLD} characters "
+             f"(first {long[0]}): the reward compares with the whole text; expected the final answer alone")
     return problems
 
 
@@ -160,12 +184,12 @@ def encode_prompt(tokenizer, problem, instruction=INSTRUCTION):
     return tokenizer(f"Question: {question}\nAnswer:").input_ids
 
 
-def encode_prompts(problems, tokenizer, config, max_new_tokens, reward="math"):
-    """Token ids of each problem, with the instruction to box the answer if that is what the reward reads.
+def encode_prompts(problems, tokenizer, config, max_new_tokens, instruction=INSTRUCTION):
+    """Token ids of each problem, followed by the instruction.
 
     Exits if a prompt is empty, or leaves no room for max_new_tokens in the context of the model's `config`."""
     limit = getattr(config, "max_position_embeddings", None) or math.inf
-    prompts = [encode_prompt(tokenizer, row["problem"], INSTRUCTION if reward == "math" else "") for row in problems]
+    prompts = [encode_prompt(tokenizer, row["problem"], instruction) for row in problems]
     longest = max(prompts, key=len)
     if not min(prompts, key=len):
         fail(f"the tokenizer of {tokenizer.name_or_path} makes no tokens of a problem: are its files complete?")
@@ -178,8 +202,12 @@ def encode_prompts(problems, tokenizer, config, max_new_tokens, reward="math"):
 
 @lru_cache
 def run_file(file):
-    """The names that a Python file of the user's defines."""
-    return runpy.run_path(file)
+    """The names that a Python file of the user's defines. It can import what lies beside it."""
+    sys.path.insert(0, str(Path(file).resolve().parent))
+    try:
+        return runpy.run_path(file)
+    finally:
+        sys.path.pop(0)
 
 
 def load_function(flag, source):
@@ -197,9 +225,43 @@ def load_function(flag, source):
 
 
 def load_reward(source):
-    """The checker (response, answer) -> 1.0 if right, else 0.0: `math_reward` for "math", else from FILE.py:FUNCTION,
-    which may also return an int or a bool; whatever is not 1 counts as wrong."""
+    """The checker (response, answer) -> 1.0 if right, else 0.0: `math_reward` for "math", else from FILE.py:FUNCTION.
+
+    NTHR needs right or wrong: the checker exits if a function of the user's returns anything but 0, 1, True, False."""
     if source == "math":
         return math_reward
     function = load_function("--reward", source)
-    return lambda response, answer: float(function(response, answer) == 1)
+
+    def reward(response, answer):
+        value = function(response, answer)
+        number = None
+        with suppress(TypeError, ValueError, RuntimeError):                    # .item() of several numbers
+            number = value.item() if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) else value
+        if not isinstance(number, (bool, int, float)) or number not in (0, 1):
+            fail(f"{source} returned {str(value)[:60]} for the response {shorten(response)} to the answer "
+                 f"{shorten(answer)}, expected 1 or 0")
+        return float(number)
+
+    return reward
+
+
+def check_reward(source, answer):
+    r"""Call the reward once, with \boxed{answer} as response: exits or warns if it then finds no right answer."""
+    reward, boxed = load_reward(source), f"\\boxed{{{answer}}}"
+    call = f"{source}(response={shorten(boxed)}, answer={shorten(answer)})"
+    try:
+        right = reward(boxed, answer)
+    except Exception as error:                                                 # whatever the function raises
+        fail(f"the call {call} raised {type(error).__name__}: {error}; expected a function (response, answer) -> 1 or 0")
+    if not right:
+        with suppress(Exception, SystemExit):
+            right = reward(answer, boxed)
+        if right:
+            fail(f"{call} is 0 and with its arguments swapped 1: expected a function (response, answer) -> 1 or 0")
+        if not reward(answer, answer):                                         # a reward that reads no box
+            warn(f"the call {call} returned 0, and so did the answer without the box: which response is right?")
+
+
+def shorten(text):
+    """The end of a text, where an answer stands, as a string literal."""
+    return repr(text if len(text) <= 60 else f"... {text[-56:]}")

@@ -2,6 +2,8 @@
 import sys
 from contextlib import contextmanager
 
+from tqdm import tqdm
+
 LOWERS_MEMORY = {   # phase of a run: what to do when it runs out of memory
     "loading": "choose a smaller --model, or in a new run leave the reference model out with --kl-coef 0",
     "data_generation": "lower --max-sequences", "evaluation": "lower --max-sequences",
@@ -23,6 +25,11 @@ def printable(text):
 def fail(message):
     """End the program with one line on standard error and exit code 1."""
     sys.exit(f"error: {printable(message)}")
+
+
+def warn(message):
+    """One line on standard error; the program goes on."""
+    tqdm.write(f"warning: {printable(message)}", file=sys.stderr)              # beside a bar, if there is one
 
 
 @contextmanager

@@ -1,17 +1,23 @@
-"""Greedy answers of a model, and what they say: accuracy by benchmark, and a table like the paper's Table 2."""
+"""Answers of a model and what they say: accuracy by benchmark as in Table 2, one sampled group, why none is right."""
+from reward import extract_answer
 from rollout import generate
-from support.errors import memory_for, printable
+from support.data import encode_prompt
+from support.errors import memory_for, printable, warn
 from support.models import precision
 
 
-def greedy_answers(model, tokenizer, problems, prompts, checker, max_new_tokens, max_sequences,
-                   dtype="float32"):
+def rewarded_answers(problems, rollout, reward):
+    """The rows of `problems`, one for each row of the rollout, with "response", "reward" and "finished" of that."""
+    return [{**row, "response": text, "reward": reward(text, row["answer"]), "finished": finished}
+            for row, text, finished in zip(problems, rollout.texts, rollout.finished.tolist())]
+
+
+def greedy_answers(model, tokenizer, problems, prompts, reward, max_new_tokens, max_sequences, dtype="float32"):
     """The rows of `problems`, in their order, each with its greedy "response", "reward" and "finished"."""
     with memory_for("evaluation"), precision(model.device, dtype):             # generate sorts them by length
         rollout = generate(model, tokenizer, prompts, 1, max_new_tokens, 0.0, max_sequences=max_sequences,
-                           keep_hidden=False)
-    return [{**row, "response": text, "reward": checker(text, row["answer"]), "finished": finished}
-            for row, text, finished in zip(problems, rollout.texts, rollout.finished.tolist())]
+                           keep_hidden=False, bar_after=0)
+    return rewarded_answers(problems, rollout, reward)
 
 
 def values_by_benchmark(answers, field):
@@ -53,3 +59,57 @@ def accuracy_table(answers):
     width = max(len(row[0]) for row in rows)
     return [f"{name:<{width}}  {problems:>8}  {percent:>10}  {truncated:>9}" for name, problems, percent, truncated in
             [("benchmark", "problems", "accuracy %", "truncated"), *rows]]
+
+
+def likely_cause(answers, reward, max_new_tokens):
+    r"""What was counted of `answers`, and the likely reason that no question has both right and wrong ones.
+
+    answers: {"response", "answer", "reward", "finished"} each; reward: the value of --reward."""
+    wrong = [row for row in answers if row["reward"] != 1]
+    cut_off = sum(not row["finished"] for row in wrong)
+    unboxed = sum(row["finished"] and not extract_answer(row["response"]) for row in wrong) if reward == "math" else 0
+    counted = (f"of {len(answers)} answers, {len(answers) - len(wrong)} are right, {cut_off} cut off"
+               f"{f', {unboxed} finished without a box' if reward == 'math' else ''}: ")
+    if not wrong:
+        return counted + "the questions are too easy for this model, choose other --data"
+    if len(wrong) < len(answers):
+        return counted + "raise --group-size, --batch-size or --sampling-rounds"
+    if 2 * cut_off >= len(wrong):
+        return counted + f"raise --max-new-tokens {max_new_tokens}"
+    if 2 * unboxed >= len(wrong):
+        return counted + r"the reward reads the last \boxed{}, so check the prompt, --instruction and --model"
+    row = next(row for row in wrong if row["finished"])
+    return counted + (f"check --reward and --data, or the questions are too hard; one ends {row['response'][-80:]!r} "
+                      f"where {row['answer'][:80]!r} is right")
+
+
+def warn_if_none_is_right(answers, reward, max_new_tokens):
+    """The likely cause, of an evaluation without any right answer."""
+    if not any(row["reward"] == 1 for row in answers):
+        warn(f"no answer is right: {likely_cause(answers, reward, max_new_tokens)}")
+
+
+def warn_if_unmixed(steps, is_last, answers, reward, max_new_tokens):
+    """The likely cause, after 3, 13, 23, ... steps in a row in which no group was mixed, and if `is_last`.
+
+    answers: those of the newest of these steps; is_last: of a run that made no update."""
+    if steps % 10 == 3 or (steps and is_last):
+        warn(f"steps in a row without a question that has both right and wrong answers: {steps}; in the last one, "
+             f"{likely_cause(answers, reward, max_new_tokens)}")
+
+
+def sampled_group(answers, group_size, rollout, selected, tokenizer, instruction):
+    """The first sampled question with right and wrong answers (else the first) as a line of samples.jsonl.
+
+    Its answers are the first rows of `rollout` and of `selected` (B, T) bool; both are None if no group is mixed.
+    "selected" holds [position, text] of the selected tokens, a list for each response."""
+    groups = [answers[i:i + group_size] for i in range(0, len(answers), group_size)]
+    group = next((rows for rows in groups if len({row["reward"] for row in rows}) > 1), groups[0])
+    prompt = encode_prompt(tokenizer, group[0]["problem"], instruction)
+    tokens = [[] for _ in group]
+    for i, k in selected[:group_size].nonzero().tolist() if rollout else ():
+        tokens[i].append([k, tokenizer.decode(rollout.response_ids[i, k].item())])
+    return {"problem": group[0]["problem"], "answer": group[0]["answer"],
+            "prompt": tokenizer.decode(prompt, clean_up_tokenization_spaces=False),
+            "responses": [row["response"] for row in group], "rewards": [row["reward"] for row in group],
+            "selected": tokens}

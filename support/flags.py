@@ -4,14 +4,15 @@ import json
 import math
 import shlex
 import sys
+from itertools import count
 from pathlib import Path
 
 import torch
 
 from nthr import nthr_eta
 from support.checkpoint import checkpoints
-from support.data import BENCHMARKS, EMBEDDED, TABLE_2, TINY, load_function, load_reward
-from support.errors import fail
+from support.data import BENCHMARKS, EMBEDDED, INSTRUCTION, TABLE_2, TINY, load_function, load_reward
+from support.errors import fail, printable
 from support.models import choose_device
 
 METHODS = ("nthr", "grpo", "pos-only", "random")
@@ -26,14 +27,47 @@ MAY_CHANGE_ON_RESUME = ("steps", "eval_every", "save_every", "keep_checkpoints",
                         "micro_batch_size", "max_sequences", "gradient_checkpointing")
 
 
-def model_defaults(model):
-    """{flag: default} for this --model: the embedded models bring their own data and reward."""
-    folder = Path(model).resolve()
-    values = {name: pair[folder not in EMBEDDED] for name, pair in DEFAULTS.items()}
+def run_folder(model):
+    """The output folder of the run that this --model belongs to, as that folder or a checkpoint in it; else None."""
+    folder = Path(model)
+    out = folder.parent if (folder / "progress.json").is_file() else folder
+    return out if checkpoints(out) and "method" in read_flags(out) else None
+
+
+def model_folder(model):
+    """--model, or its newest checkpoint where it is the folder of a run."""
+    return str(checkpoints(model)[0]) if run_folder(model) == Path(model) else model
+
+
+def read_flags(out):
+    """What config.json in the output folder of a run records; {} if it cannot be read."""
+    try:
+        recorded = json.loads((Path(out) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return recorded if isinstance(recorded, dict) else {}
+
+
+def model_defaults(model, reward=None):
+    """{flag: default} for this --model; reward: the --reward that was given.
+
+    An embedded model brings its data and reward. The model of a run brings what its config.json records; a line says
+    so. A --reward file that only config.json names is not run."""
+    folder, run = Path(model).resolve(), run_folder(model)
+    values = {name: pair[folder not in EMBEDDED] for name, pair in DEFAULTS.items()} | {"eval_data": None}
     if folder in EMBEDDED:
-        return values | {"data": str(folder / "train.jsonl"), "eval_data": str(folder / "test.jsonl"),
-                         "reward": EMBEDDED[folder]}
-    return values | {"eval_data": None}
+        values |= {"data": str(folder / "train.jsonl"), "eval_data": str(folder / "test.jsonl"),
+                   "reward": EMBEDDED[folder]}
+    if run:
+        values |= {name: value for name, value in read_flags(run).items() if name in (*DEFAULTS, "instruction")}
+        if not reward and is_user_code(values["reward"]):
+            fail(f"{model} is a model of the run {run}, whose config.json names {values['reward']}: add --reward "
+                 f"{values['reward']} if you trust it")
+        print(printable(f"{model} is a model of the run {run}: the defaults that depend on the model are that run's, "
+                        f"such as --data {values['data']} and --reward {values['reward']}"))
+    if "instruction" not in values or reward not in (None, values["reward"]):
+        values["instruction"] = INSTRUCTION if (reward or values["reward"]) == "math" else ""      # it reads the box
+    return values
 
 
 def flag_adder(group):
@@ -55,6 +89,8 @@ def build_parser(description):
     add("--eval-data", help=f"files or benchmarks ({', '.join(BENCHMARKS)}) for greedy evaluation, with commas "
         "between them; with --data alone, a tenth of it is held out")
     add("--reward", help='"math" (reward.py), or FILE.py:FUNCTION, called with the response and the answer, 1 if right')
+    add("--instruction", metavar="TEXT", help="what follows each problem in its prompt (default: for the reward "
+        f'"math" "{INSTRUCTION}", for others nothing)')
     add("--eval-size", type=int, help="most problems per evaluation: the first of each file of --eval-data; with "
         "--eval-only all, unless the flag is given")
     add = flag_adder(parser.add_argument_group("method (Eq. 7, Eq. 8, Algorithm 1)"))
@@ -73,7 +109,8 @@ def build_parser(description):
         "have both right and wrong answers (dynamic sampling); groups without both are dropped in any case")
     add("--max-sequences", type=int, help="responses sampled together: bounds the KV cache")
     add = flag_adder(parser.add_argument_group("objective and update (Eq. 1, App. 7.3, App. 7.8)"))
-    add("--minibatch-size", type=int, help="questions per AdamW update: batch-size / minibatch-size updates a step")
+    add("--minibatch-size", type=int, help="questions per AdamW update: batch-size / minibatch-size updates a "
+        "step; never more than --batch-size by default")
     add("--micro-batch-tokens", type=int, help="most tokens per forward pass, padding included (a longer row goes "
         "alone): bounds memory")
     add("--micro-batch-size", type=int, default=256, help="most responses per forward pass")
@@ -104,7 +141,10 @@ def parse_args(description, argv=None):
     """Flags -> Namespace. Defaults depend on --model; --resume takes those that its run recorded in config.json."""
     parser = build_parser(description)
     args = parser.parse_args(argv)
-    parser.set_defaults(**model_defaults(args.model))
+    if not args.resume:
+        parser.set_defaults(**model_defaults(args.model, args.reward))
+    if args.batch_size and not args.resume:
+        parser.set_defaults(minibatch_size=min(parser.get_default("minibatch_size"), args.batch_size))
     if args.data:
         parser.set_defaults(eval_data=None)                                    # evaluate on the same kind of problems
     if args.eval_only:
@@ -122,18 +162,37 @@ def parse_args(description, argv=None):
         if str(getattr(args, name)) != str(recorded[name]):
             fail(f"--resume continues with the run's own flags, but --{name.replace('_', '-')} {getattr(args, name)} "
                  f"is not its {recorded[name]}: leave the flag out, or start a new run")
-    if args.eval_only and (Path(out) / "answers.jsonl").exists():
-        fail(f"{out}/answers.jsonl holds the answers of an earlier evaluation: move it away, or choose another --out")
-    if not args.resume and not args.eval_only and (checkpoints(out) or (Path(out) / "metrics.jsonl").exists()):
-        fail(f"{out} already holds a run: continue it with {resume_command(args)}, or choose another --out")
+    args.model = model_folder(args.model)
     check_flags(args)
+    if args.eval_only and (Path(out) / "answers.jsonl").exists():
+        fail(f"{out}/answers.jsonl holds the answers of an earlier evaluation: choose another folder, such as --out "
+             f"{free_folder(out)}")
+    if not args.resume and not args.eval_only and (checkpoints(out) or (Path(out) / "metrics.jsonl").exists()):
+        fail_as_occupied(args)
     return args
+
+
+def free_folder(out):
+    """`out` with the first number at its end that makes it a folder that does not exist."""
+    return next(path for path in (f"{out}-{number}" for number in count(2)) if not Path(path).exists())
+
+
+def fail_as_occupied(args):
+    """One line for an --out that holds a run: which of its flags differ, and what to do."""
+    recorded, flags = read_flags(args.out), recordable_flags(args)
+    differing = [f"--{name.replace('_', '-')} {recorded[name]} instead of {flags[name]}"
+                 for name in sorted(flags.keys() & recorded.keys() - set(MAY_CHANGE_ON_RESUME))
+                 if str(flags[name]) != str(recorded[name])]
+    kind = f" with {', '.join(differing)}" if differing else ""
+    same = recorded.keys() >= flags.keys() and not differing                   # else --resume would refuse, too
+    resume = f"continue it with {resume_command(args)}, or " if same else ""
+    fail(f"{args.out} already holds a run{kind}: {resume}choose another folder, such as --out {free_folder(args.out)}")
 
 
 def default_folder(args):
     """The output folder where no flag names one."""
     folder = Path(args.model).resolve()
-    name = folder.parent.name if args.eval_only and folder.name.startswith("checkpoint") else folder.name
+    name = folder.parent.name if folder.name.startswith("checkpoint") else folder.name
     method = args.method.rpartition(":")[2]                                    # FILE.py:FUNCTION
     return f"runs/{name}-" + ("eval" if args.eval_only else f"{method}-seed{args.seed}")
 

@@ -1,9 +1,13 @@
 """Models that Eq. 7 can read: loaded from safetensors, without dropout, with logits that are lm_head(hidden)."""
 import logging
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import torch
+from huggingface_hub import model_info, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import enable_progress_bars
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -11,6 +15,7 @@ from grpo import check_head
 from rollout import check_cache
 from support.errors import OutOfMemory, fail, memory_for, printable
 
+TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")       # one of them will do
 READ_NO_STATES = ("grpo", "pos-only")    # values of --method that do without hidden states and lm_head
 
 
@@ -36,9 +41,41 @@ def choose_device(name):
     return name
 
 
+@lru_cache
+def find_model(name):
+    """Options of from_pretrained for a folder or an id of the Hub that exists; one line if there is none.
+
+    The Hub is asked once, briefly: from_pretrained would try for most of a minute where there is no network."""
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            fail(f"the folder {name} has no config.json: expected a Hugging Face model with *.safetensors")
+        if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+            fail(f"the folder {name} has no tokenizer.json: copy the tokenizer's files of the model it was made from")
+        return {"local_files_only": True}
+    nothing, cached = f"there is no folder {name} here, and", False
+    try:
+        cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+        print(f"looking for {printable(name)} on the Hub", flush=True)
+        model_info(name, timeout=5)
+        return {}
+    except HFValidationError:
+        fail(f"{nothing} that is no id of the Hub either: check the spelling")
+    except RepositoryNotFoundError:
+        fail(f"{nothing} the Hub shows no such model: check the spelling (a private one needs `hf auth login`)")
+    except Exception as error:                                                 # no network, or the Hub is down
+        if not cached:
+            fail(f"{nothing} the Hub cannot be reached ({' '.join(str(error).split())[:200]}): check the spelling of a "
+                 f"folder, or the network")
+    print("the Hub cannot be reached: the copy on this machine is used")
+    return {"local_files_only": True}
+
+
 def load_pretrained(auto_class, name, **options):
     """from_pretrained of a Hugging Face id or folder, or one line; no code that comes with a model is run."""
+    options |= find_model(name)
     transformers_logging.disable_progress_bar()                                # of weights read from disk
+    enable_progress_bars()                                                     # of downloads
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)               # its retries are not news, their end is
     try:
         with memory_for("loading"):
