@@ -13,6 +13,7 @@ from argparse import Namespace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -30,21 +31,23 @@ from nthr import nthr_scores_pairwise  # noqa: E402
 from rollout import Rollout  # noqa: E402
 
 SAMPLING = ["--seed", "1", "--max-sequences", "64", "--device", "cpu"]
-BETAS = (1.0, 0.1, 0.0)
+LABELS = {"right_as_written": "in steps right as written", "true_step": "in steps of the true solution",
+          "on_path": "on the path of the true solution"}
 VOID = {"meta"}
 HOSTILE = ('<script>alert(1)</script></span></u><u title="s = 9">"onmouseover="alert(2)\' &amp;&lt; \x1b[31mred\x1b[0m '
            "\u202ekcab\u2066 \x00\x7f\x9b \u2028 \t\r\n  correct response 0: x\n\nquestion 1: \u200b<!-- ⟦no⟧")
 
 
 class Page(HTMLParser):
-    """The page as lists: start tags, problems, gold answers, and responses as (words, [(tag, attributes, text)]).
+    """The page as lists: start tags, problems, gold answers, responses as (words, [(tag, attributes, text)]), and the
+    table of each response as rows of cells.
 
     Text inside <i> is turned back into the character that it stands for, text inside <em> writes nothing."""
 
     def __init__(self, source):
         super().__init__(convert_charrefs=True)
         self.tags, self.open, self.problems, self.answers, self.responses, self.sups = [], [], [], [], [], []
-        self.links, self.ids, self.words, self.body = [], [], [], ""
+        self.links, self.ids, self.words, self.scores, self.body = [], [], [], [], ""
         self.feed(source)
         self.close()
         assert self.open == []                                                 # every element is closed, in order
@@ -63,16 +66,21 @@ class Page(HTMLParser):
                 self.answers.append("")
             elif "li" in self.open:
                 self.responses.append((self.words.pop(), []))
+                self.scores.append([])
             else:
                 self.problems.append("")
             self.target = "bdi" if tag == "bdi" else "response" if "li" in self.open else "problem"
         elif attributes.get("class") == "label" and tag == "div":
             self.words.append("")
             self.target = "words"
-        elif "title" in attributes and tag in ("u", "span"):
+        elif tag in ("u", "span") and self.target == "response":
             self.responses[-1][1].append([tag, attributes, ""])
-        elif tag == "sup":
-            self.sups.append((len(self.responses), attributes.get("title")))
+        elif tag == "sup" and self.target == "response":
+            self.sups.append("")
+        elif tag == "tr":
+            self.scores[-1].append([])
+        elif tag in ("td", "th"):
+            self.scores[-1][-1].append("")
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -84,7 +92,11 @@ class Page(HTMLParser):
     def handle_data(self, data):
         self.body += data
         inside = self.open[-1] if self.open else ""
-        if inside in ("em", "sup", "style"):
+        if "td" in self.open or inside == "th":
+            self.scores[-1][-1][-1] += data
+        if inside == "sup" and self.target == "response":
+            self.sups[-1] += data
+        if inside in ("em", "sup", "style") or "td" in self.open:
             return
         if inside == "i":
             data = {"␣": " ", "⇥": "\t"}.get(data) or unescape(data)
@@ -108,11 +120,6 @@ def unescape(mark):
     return chr(int(mark[2:], 16))
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
 def check_picture(path, rows):
     """Each line that is called wrong is how one answer of tokens.csv begins; selected tokens are bold, underlined."""
     svg, lines = ElementTree.parse(path).getroot(), {}
@@ -123,22 +130,22 @@ def check_picture(path, rows):
         shown = tokens.plain(json.loads(row["text"])) or tokens.symbol(row)
         weight = "bold" if row["selected"] == "1" else "normal"
         answers.setdefault((row["question"], row["response"]), []).append((shown, weight))
-    wrong = [line[1:] for line in lines.values() if line[0][0] == "wrong"]
-    assert 1 <= len(wrong) <= 4 and [line[0][0] for line in lines.values()].count("right") == 1
+    wrong = [line[1:] for line in lines.values() if line[0][0].startswith("wrong")]
+    assert 1 <= len(wrong) <= 4
+    assert [line[0][0].split(" ×")[0] for line in lines.values()] == ["question", "right", *["wrong"] * len(wrong)]
     for line in wrong:
         assert any(answer[:len(line)] == line for answer in answers.values()), line
     bold = sum(weight == "bold" for line in wrong for _, weight in line)
     assert [rect.get("height") for rect in svg.iter("{http://www.w3.org/2000/svg}rect")].count("2.5") == bold
 
 
-def run(out, *flags, stdout=None):
+def run(out, *flags):
     """What the script prints, and its files: the page's source, the JSON record and the CSV's rows as text."""
-    stdout = io.StringIO() if stdout is None else stdout
+    stdout = io.StringIO()
     with contextlib.redirect_stdout(stdout):
         tokens.main([*map(str, flags), "--out", str(out)])
     with (out / "tokens.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert (out / "tokens.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     check_picture(out / "tokens.svg", rows)
     return (stdout.getvalue(), (out / "tokens.html").read_text(encoding="utf-8"),
             json.loads((out / "tokens.json").read_text(encoding="utf-8"), parse_constant=pytest.fail), rows)
@@ -166,8 +173,11 @@ def model():
 
 @pytest.fixture(scope="module")
 def sums(tmp_path_factory, sampled):
-    """The script on four sums: what it printed and wrote."""
-    result = run(tmp_path_factory.mktemp("sums"), *SAMPLING, "--questions", 4, "--nthr-vocab", "all", "--text")
+    """The script on four sums, with shares of so few: what it printed and wrote."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "FEWEST_TOKENS", 1)
+        patch.setattr(tokens, "FEWEST_GROUPS", 1)
+        result = run(tmp_path_factory.mktemp("sums"), *SAMPLING, "--questions", 4, "--nthr-vocab", "all", "--text")
     return *result, sampled[-1]
 
 
@@ -190,6 +200,27 @@ def responses_of(rows):
     return result
 
 
+def answers_of(group):
+    """[(correct, responses)] of the different answers, right ones and often given ones first, else as sampled."""
+    ids = [row[mask].tolist() for row, mask in zip(group.rollout.response_ids, group.rollout.response_mask)]
+    found = [(bool(group.correct[j]), [k for k in range(len(ids)) if ids[k] == ids[j]])
+             for j in range(len(ids)) if ids[j] not in ids[:j]]
+    return sorted(found, key=lambda answer: (-answer[0], -len(answer[1]), answer[1]))
+
+
+def page_order(record):
+    """The groups as the page shows them: one of them first, then the rest."""
+    return sorted(record["groups"], key=lambda numbers: numbers["question"] != record["summary"]["shown_first"])
+
+
+def shown_rows(sums):
+    """The rows of tokens.csv that the page shows, in its order: each different answer's once."""
+    _, _, record, rows, groups = sums
+    parts = responses_of(rows)
+    return [row for numbers in page_order(record) for correct, where in answers_of(groups[numbers["question"]])
+            if not correct for row in parts[numbers["question"], where[0]]]
+
+
 # ----------------------------------------------------------------------------------------------------------- the page
 
 def test_the_page_is_well_formed_and_needs_neither_script_nor_network(sums):
@@ -198,54 +229,89 @@ def test_the_page_is_well_formed_and_needs_neither_script_nor_network(sums):
     names = {tag for tag, _ in page.tags}
     assert source.startswith("<!DOCTYPE html>") and not names & {"script", "link", "img", "iframe", "base", "object"}
     used = {name for _, attributes in page.tags for name in attributes}
-    assert used <= {"lang", "charset", "name", "content", "http-equiv", "class", "id", "href", "title", "scope",
-                    "colspan", "rowspan"}                                      # no handler, no src, no style
-    assert "//" not in source.replace("s⁻", "") and "url(" not in source and "@import" not in source
+    assert used <= {"lang", "charset", "name", "content", "http-equiv", "class", "id", "href", "scope"}
+    assert "//" not in source and "url(" not in source and "@import" not in source
     assert "π &lt; 0.95" in source and "π <" not in source
     assert len(set(page.ids)) == len(page.ids) and sorted(page.links) == sorted("#" + name for name in page.ids)
     policy = [a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a]
     assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
     assert ("meta", {"charset": "utf-8"}) in page.tags
     assert any(a.get("name") == "viewport" and "width=device-width" in a["content"] for _, a in page.tags)
+    places = [source.index(part) for part in ("Bold and underlined", "stands first by a rule", "<section ", "<nav>",
+                                              '<section id="statistics">', "<footer")]
+    assert places == sorted(places)                                            # legend, one group, ..., statistics
 
 
-def test_tokens_add_up_to_the_sampled_responses_and_correct_ones_come_first(sums):
+def test_each_different_answer_is_there_once_with_its_count_right_ones_first(sums):
     _, source, record, rows, groups = sums
     page = Page(source)
-    texts = iter(page.responses)
-    for i, numbers in enumerate(record["groups"]):
+    texts, counts, parts = iter(page.responses), [], responses_of(rows)
+    assert sorted(numbers["question"] for numbers in record["groups"]) == sorted(groups) and len(groups) == 4
+    for i, numbers in enumerate(page_order(record)):
         group = groups[numbers["question"]]
         assert (page.problems[i], page.answers[i]) == (group.problem, group.answer)
-        order = [*group.correct.nonzero()[:, 0].tolist(), *(~group.correct).nonzero()[:, 0].tolist()]
-        for j in order:
-            words, parts = next(texts)
-            assert words == f"{'correct' if group.correct[j] else 'incorrect'} response {j}"
-            assert "".join(text for _, _, text in parts) == group.rollout.texts[j]
-            if not group.correct[j]:
-                mine = [row for row in rows if (row["question"], row["response"]) == (str(group.index), str(j))]
-                assert [json.loads(row["text"]) for row in mine] == [text for _, _, text in parts]
+        for correct, where in answers_of(group):
+            words, shown = next(texts)
+            many = f" ×{len(where)}: responses " if len(where) > 1 else " response "
+            assert words == ("correct" if correct else "incorrect") + many + ", ".join(map(str, where))
+            assert "".join(text for _, _, text in shown) == group.rollout.texts[where[0]]
+            counts.append((correct, len(where)))
+            for j in where if not correct else ():
+                mine = parts[group.index, j]
+                assert [json.loads(row["text"]) for row in mine] == [text for _, _, text in shown]
                 assert [int(row["token_id"]) for row in mine] == \
                     group.rollout.response_ids[j][group.rollout.response_mask[j]].tolist()
                 assert mine[-1]["note"] == "<eos>" and json.loads(mine[-1]["text"]) == ""
-    assert next(texts, None) is None and len(record["groups"]) == len(groups) == 4
+    assert next(texts, None) is None and {correct for correct, count in counts if count > 1} == {True, False}
 
 
-def test_underlined_is_selected_is_above_tau_and_titles_and_shades_are_those_of_the_csv(sums):
-    _, source, record, rows, _ = sums
-    shown = [part for _, parts in Page(source).responses for part in parts if part[0]]
-    assert len(shown) == len(rows) == record["summary"]["negative_tokens"]
+def test_underlined_is_selected_is_above_tau_and_shades_and_tables_are_those_of_the_csv(sums):
+    _, source, record, all_rows, _ = sums
+    page, rows = Page(source), shown_rows(sums)
+    shown = [part for _, parts in page.responses for part in parts if part[0]]
+    tables = [table for table in page.scores if table]
+    cells = [cells for table in tables for cells in table[1:]]
+    assert len(shown) == len(cells) == len(rows) and len(all_rows) == record["summary"]["negative_tokens"]
+    assert [table[0] for table in tables] == [["token", "s", "π", "selected"]] * len(tables)
+    assert len(tables) == sum(words.startswith("incorrect") for words, _ in page.responses)
     tau = {group["question"]: group["tau"] for group in record["groups"]}
     largest = {q: max(abs(float(row["s"])) for row in rows if int(row["question"]) == q) for q in tau}
     assert {row["selected"] for row in rows} == {"0", "1"}
-    for (tag, attributes, _), row in zip(shown, rows):
+    for (tag, attributes, _), (token, *numbers, chosen), row in zip(shown, cells, rows):
         s, question = float(row["s"]), int(row["question"])
-        assert (tag == "u") == (row["selected"] == "1") == (s > tau[question])
-        numbers = re.match(r"s = (\S+), π = (\S+?)(,|$)", attributes["title"])
-        assert [float(numbers[1]), float(numbers[2])] == pytest.approx([s, float(row["pi"])], rel=1e-3)
+        assert (tag == "u") == (row["selected"] == "1") == (s > tau[question]) == (chosen == "yes")
+        assert token == (json.loads(row["text"]) or row["note"])
+        assert [float(number) for number in numbers] == pytest.approx([s, float(row["pi"])], rel=6e-3)
         sign, level = attributes["class"][0], int(attributes["class"][1:])
         assert abs(level - 10 * abs(s / largest[question]) ** 0.5) <= 0.5 + 1e-6
         assert level == 0 or (sign == "p") == (s > 0)
     assert {attributes["class"] for _, attributes, _ in shown} & {"p10", "n10"}
+
+
+def hand_made(question, *wrong, right=1):
+    """A view whose wrong answers are strings: 1 a selected token, 0 another."""
+    answers = [{"rows": [{"selected": int(char)} for char in answer]} for answer in wrong]
+    return {"answers": [{"rows": []}] * right + answers,
+            "numbers": {"question": question, "selected": "".join(wrong).count("1"),
+                        "negative_tokens": len("".join(wrong))}}
+
+
+def test_the_first_group_is_the_median_of_those_with_a_few_partly_selected_answers(sums):
+    views = [hand_made(1, "01"), hand_made(2, "0111", "0111"), hand_made(3, "10", "0", "1"), hand_made(4, "111", "001"),
+             hand_made(5, "0001", "0010", right=3), hand_made(6, "01", "10", "0011", "1100"),
+             hand_made(7, "01", "10", "01", "10", "01"), hand_made(8, "000", "001")]
+    for questions, expected in (((1, 2, 3, 4, 5, 6, 7, 8), 6), ((8, 7, 6, 5, 4, 3, 2, 1), 6), ((5, 6), 6), ((2, 5), 2),
+                                ((5,), 5), ((3, 1, 7), 3), ((1, 4, 8), 1)):
+        assert tokens.instructive([views[q - 1] for q in questions])["numbers"]["question"] == expected, questions
+    _, source, record, rows, groups = sums
+    shares, parts = {}, responses_of(rows)
+    for question, group in groups.items():
+        wrong = [parts[question, where[0]] for correct, where in answers_of(group) if not correct]
+        mine = [row["selected"] == "1" for row in rows if int(row["question"]) == question]
+        if 2 <= len(wrong) <= 4 and all({row["selected"] for row in answer} == {"0", "1"} for answer in wrong):
+            shares[sum(mine) / len(mine)] = question
+    first = shares[statistics.median_high(shares)] if shares else record["groups"][0]["question"]
+    assert record["summary"]["shown_first"] == first == int(Page(source).ids[0].removeprefix("question-"))
 
 
 def luminance(color):
@@ -253,20 +319,27 @@ def luminance(color):
     return 0.2126 * channels[0] + 0.7152 * channels[1] + 0.0722 * channels[2]
 
 
-def test_text_has_contrast_on_every_shade_and_shades_grow_apart(sums):
+def test_text_has_contrast_on_every_shade_and_shades_grow_apart_in_both_schemes(sums):
     """WCAG 2: 7 for text, 4.5 for marks."""
     style = re.search("<style>(.*?)</style>", sums[1], re.S)[1]
-    shades = {name: luminance([int(c) for c in color.split(",")])
-              for name, color in re.findall(r"\.([pn]\d+)\{background:rgb\(([\d,]+)\)\}", style)}
-    assert set(shades) == {f"{sign}{level}" for sign in "pn" for level in range(11)}
-    assert "body{" in style and "color:#111" in style and "i,em{" in style and "color:#333" in style
-    for light in shades.values():
-        assert (light + 0.05) / (luminance([0x11] * 3) + 0.05) >= 7
-        assert (light + 0.05) / (luminance([0x33] * 3) + 0.05) >= 4.5
-    for sign in "pn":
-        steps = [shades[f"{sign}{level}"] for level in range(11)]
-        assert steps[0] == 1 and steps == sorted(steps, reverse=True) and steps[-1] < 0.5
-    assert "@media(prefers-color-scheme" not in style and "color-scheme:light" in style
+    light, dark = re.findall(r":root\{(.*?)\}", style, re.S)
+    strengths = dict(re.findall(r"\.([pn]\d+)\{background:rgb\(var\(--[pn]\)/(\d+)%\)\}", style))
+    assert strengths == {f"{sign}{level}": str(10 * level) for sign in "pn" for level in range(11)}
+    assert "@media(prefers-color-scheme:dark){:root{" + dark in style and "color-scheme:light dark" in light
+    for use in ("background:var(--page)", "color:var(--text)", "color:var(--mark)"):
+        assert use in style
+    for scheme in (light, dark):
+        colors = {name: [int(c * (3 - len(c)), 16) for c in re.findall("." * (len(value) // 3), value)]
+                  for name, value in re.findall(r"--(\w+):#(\w+)", scheme)}   # #fff is #ffffff
+        for sign, color in re.findall(r"--([pn]):([\d ]+)", scheme):
+            shades = [luminance([c * level / 10 + page * (1 - level / 10)
+                                 for c, page in zip(map(int, color.split()), colors["page"])]) for level in range(11)]
+            for shade in shades:
+                for name, least in (("text", 7), ("mark", 4.5)):
+                    low, high = sorted((shade, luminance(colors[name])))
+                    assert (high + 0.05) / (low + 0.05) >= least, (scheme, sign, shade, name)
+            assert shades == sorted(shades, reverse=scheme is light)
+            assert max(shades) + 0.05 > 1.9 * (min(shades) + 0.05), (scheme, sign)
 
 
 # -------------------------------------------------------------------------------------------------------- the numbers
@@ -296,7 +369,7 @@ def test_s_pi_tau_eta_and_gwhes_are_those_of_the_definitions(sums, model):
             assert [float(row["s"]) for row in part] == pytest.approx(s[j][mask[j]].tolist(), rel=1e-3, abs=1e-5 * size)
     tau = min(s[i][mask[i]].mean().item() for i in range(8) if correct[i])
     p = correct.float().mean().item()
-    assert (numbers["tau"], numbers["tau_at_beta_1"]) == pytest.approx((tau, tau), rel=1e-3)
+    assert numbers["tau"] == pytest.approx(tau, rel=1e-3)
     assert numbers["eta"] == pytest.approx(abs(1 - 2 * p)) and (numbers["correct"], numbers["responses"]) == (8 * p, 8)
     total = p * sum(s[i][mask[i]].sum() for i in range(8) if not correct[i])
     total -= (1 - p) * sum(s[i][mask[i]].sum() for i in range(8) if correct[i])
@@ -304,44 +377,75 @@ def test_s_pi_tau_eta_and_gwhes_are_those_of_the_definitions(sums, model):
     assert numbers["selected"] == sum(row["selected"] == "1" for row in rows if int(row["question"]) == group.index)
 
 
-def counted(rows, record, name, beta):
-    """(selected, precision, recall, chosen by response) at β from the CSV's columns alone."""
-    tau = {group["question"]: group["tau_at_beta_1"] for group in record["groups"]}
-    chosen = [row for row in rows if float(row["s"]) > beta * tau[int(row["question"])]]
-    right = [row for row in rows if row[name] == "1"]
-    both = sum(row[name] == "1" for row in chosen)
-    return len(chosen), both / len(chosen), both / len(right), chosen
+def counted(rows, name):
+    """(selected, how many of them have the label) from the CSV's columns alone."""
+    chosen = [row for row in rows if row["selected"] == "1"]
+    return len(chosen), sum(row[name] == "1" for row in chosen)
 
 
-def test_precision_recall_and_ranking_are_those_counted_from_the_csv(sums):
+def test_shares_and_ranking_are_those_counted_from_the_csv(sums):
     printed, source, record, all_rows, _ = sums
-    for population, limit in (("definitions", 1.1), ("definitions_unsure", 0.95)):
+    for words, limit in (("", 1.1), (", π < 0.95", 0.95)):
         rows = [row for row in all_rows if float(row["pi"]) < limit]
-        for name in ("right_as_written", "true_step", "on_path"):
-            case, values = (population, name), record["summary"][population][name]
-            assert values["tokens"] == len(rows), case
-            assert values["base_rate"] == pytest.approx(statistics.mean(int(row[name]) for row in rows)), case
-            assert set(values["betas"]) == set(map(str, BETAS)), case
-            for beta in BETAS:
-                mine, selected = values["betas"][str(beta)], counted(rows, record, name, beta)
-                assert (mine["selected"], mine["precision"], mine["recall"]) == pytest.approx(selected[:3]), case
-                cells = [f"{beta:g}", str(selected[0]), *(f"{100 * mine[key]:.1f}%" for key in
-                         ("precision", "random_precision", "recall", "random_recall"))]
-                assert "| " + " | ".join(cells) + " |" in printed, case
-                assert "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>" in source, case
+        for name, label in LABELS.items():
+            case, values = label + words, record["summary"]["labels"][label + words]
+            selected, hits = counted(rows, name)
+            assert (values["tokens"], values["selected"]) == (len(rows), selected), case
+            assert values["precision"][0] == pytest.approx(hits / selected), case
+            difference = values["precision"][0] - values["random_precision"][0]
+            assert values["difference"][0] == pytest.approx(difference), case
             ranks = []
             for question in {row["question"] for row in rows}:
                 mine = [row for row in rows if row["question"] == question]
                 pairs = [(float(a["s"]), float(b["s"])) for a in mine for b in mine if (a[name], b[name]) == ("1", "0")]
                 ranks += [statistics.mean((a > b) + (a == b) / 2 for a, b in pairs)] if pairs else []
-            assert values["outscoring"] == pytest.approx(statistics.mean(ranks)), case
+            assert values["outscoring"][0] == pytest.approx(statistics.mean(ranks)), case
+            for text in (printed, html.unescape(source)):
+                share = r"(\S+)% \[[^]]+\]"
+                line = re.search(re.escape(f"Tokens {case}: ") + rf"{share} of (\d+) selected ones, {share} of as many "
+                                 r"random ones per answer, a difference of (\S+) points \[[^]]+\]; they outscore the "
+                                 rf"others of their question with probability {share}", text)
+                found = [float(number.replace("−", "-")) for number in line.groups()]
+                assert found == pytest.approx([100 * hits / selected, selected, 100 * values["random_precision"][0],
+                                               100 * difference, 100 * statistics.mean(ranks)], abs=0.051), case
+
+
+def quantile_of_binomial(q, n, p, value):
+    """The q-quantile of value(K), K ~ Bin(n, p), for a value that rises with K."""
+    probability = np.array([math.comb(n, k) * p ** k * (1 - p) ** (n - k) for k in range(n + 1)])
+    cumulated = probability.cumsum()
+    assert np.abs(cumulated - q).min() > 0.005                                 # no borderline case
+    return value(int((cumulated >= q).argmax()))
+
+
+def test_the_interval_is_the_quantiles_of_all_equally_likely_samples_of_groups():
+    """Ten groups of two kinds: the number of the first kind in a sample is binomial."""
+    for n, p, first, second in ((10, 0.4, (10, 10), (0, 10)), (10, 0.4, (1000, 1000), (0, 1000)),
+                                (10, 0.5, (30, 40), (3, 10)), (12, 0.5, (4, 10), (-20, 30))):
+        groups = [first] * round(p * n) + [second] * round(n - p * n)
+
+        def value(k):
+            return (k * first[0] + (n - k) * second[0]) / (k * first[1] + (n - k) * second[1])
+
+        expected = [value(round(p * n)), *(quantile_of_binomial(q, n, p, value) for q in (0.025, 0.975))]
+        assert tokens.share(*zip(*groups)) == pytest.approx(expected), groups
+        assert tokens.share(*zip(*groups, (0, 0), (0, 0))) == pytest.approx(expected), groups
+
+
+def test_few_tokens_or_few_groups_have_no_share():
+    for parts, wholes, enough, given in (
+            ([5] * 10, [10] * 10, None, True), ([5] * 10, [10] * 9 + [9], None, False),
+            ([50] * 9, [100] * 9, None, False), ([50] * 9 + [0], [100] * 9 + [0], None, False),
+            ([0.5] * 10, [1] * 10, 100, True), ([0.5] * 10, [1] * 10, 99, False),
+            ([0] * 10, [0] * 10, 100, False), ([], [], None, False)):
+        assert (tokens.share(parts, wholes, enough) is not None) == given, (parts, wholes, enough)
 
 
 def test_random_is_the_mean_of_many_draws_of_random_selection(sums):
     """§5.3 as grpo.py draws it, 2000 times for each wrong response; 5 standard errors."""
     _, _, record, rows, _ = sums
     draws = 2000
-    for name in ("right_as_written", "true_step", "on_path"):
+    for name, label in LABELS.items():
         hits = torch.zeros(draws)
         for part in responses_of(rows).values():
             selected = torch.tensor([[row["selected"] == "1" for row in part]]).expand(draws, -1)
@@ -349,12 +453,10 @@ def test_random_is_the_mean_of_many_draws_of_random_selection(sums):
             chosen = random_selection(selected, torch.ones_like(selected), torch.zeros(draws, dtype=torch.bool),
                                       torch.Generator().manual_seed(len(part) + int(part[0]["response"])))
             hits += (chosen & right).sum(1)
-        mine = record["summary"]["definitions"][name]["betas"]["1.0"]
-        n, right_tokens = mine["selected"], sum(row[name] == "1" for row in rows)
+        mine = record["summary"]["labels"][label]
         error = 5 * hits.std().item() / draws ** 0.5
         assert 0 < error < 1
-        assert mine["random_precision"] * n == pytest.approx(hits.mean().item(), abs=error)
-        assert mine["random_recall"] * right_tokens == pytest.approx(hits.mean().item(), abs=error)
+        assert mine["random_precision"][0] * mine["selected"] == pytest.approx(hits.mean().item(), abs=error)
 
 
 def solution(problem):
@@ -448,12 +550,11 @@ def test_labels_in_the_csv_are_those_of_the_arithmetic(sums):
                 written, total = int(result), total + term
             seen |= labels
     assert seen == {(1, 1), (1, 0), (0, 0)} or seen == {(1, 1), (1, 0), (0, 1), (0, 0)}
-    page = Page(source)
-    shown = [title for _, title in page.sups if title]
-    ends = [row for row, following in zip(rows, [*rows[1:], {"step": None, "response": None}])
+    shown = shown_rows(sums)
+    ends = [row for row, following in zip(shown, [*shown[1:], {"step": None, "response": None}])
             if (row["step"], row["response"]) != (following["step"], following["response"])]
-    assert shown == [f"right as written: {'yes' if row['right_as_written'] == '1' else 'no'}; of the true solution: "
-                     f"{'yes' if row['true_step'] == '1' else 'no'}" for row in ends]
+    assert Page(source).sups == ["".join("✗✓"[int(row[name])] for name in ("right_as_written", "true_step"))
+                                 for row in ends]
 
 
 # ------------------------------------------------------------------------------------------------- tokens of all kinds
@@ -548,12 +649,12 @@ def hostile():
                       torch.tensor([True, True, True, False, True]), texts)
     group = common.Group(7, HOSTILE, HOSTILE + "7", rollout, torch.tensor([True, False, False, True, False]))
     args = Namespace(beta=0.0, eta="p", nthr_vocab="responses", temperature=1.0, order="gwhes", micro_batch_size=2)
-    return texts, tokens.token_view(model, tokenizer, group, None, [0.0, 1.0], args), args
+    return texts, tokens.token_view(model, tokenizer, group, None, args), args
 
 
 def test_hostile_texts_stay_text_on_the_page(hostile):
     texts, view, args = hostile
-    source = tokens.page([view], tokens.summarise([view], 1, [0.0, 1.0]), {"command": HOSTILE}, args)
+    source = tokens.page([view], tokens.summarise([view], 1), {"command": HOSTILE}, args)
     page = Page(source)
     assert not [tag for tag, _ in page.tags if tag in ("script", "img", "iframe")] and "<!--" not in source
     assert all(not name.startswith("on") for _, attributes in page.tags for name in attributes)
@@ -566,9 +667,9 @@ def test_hostile_texts_stay_text_on_the_page(hostile):
     shown = [part for _, parts in page.responses for part in parts if part[0]]
     assert [part[0] == "u" for part in shown] == [bool(row["selected"]) for row in view["rows"]]
     assert {part[0] for part in shown} == {"u", "span"}
-    for (_, attributes, _), row in zip(shown, view["rows"]):
-        note = f", {row['note']}".replace("\x1b", "\\x1B") if row["note"] else ""
-        assert attributes["title"] == f"s = {row['s']:.4g}, π = {row['pi']:.4g}{note}" and len(attributes) == 2
+    assert all([*attributes] == ["class"] for _, attributes, _ in shown)
+    cells = [cells[0] for table in page.scores for cells in table[1:]]
+    assert cells == [tokens.plain(row["text"]) or tokens.symbol(row) for row in view["rows"]]
     assert {row["note"] for row in view["rows"]} == {"", "part of a character", "<eos>", "<odd>&\"\x1b"}
     raw = [char for char in source + page.body if not (char.isprintable() or char == "\n")]
     assert raw == [] and "\ufffd" not in page.body
@@ -576,27 +677,24 @@ def test_hostile_texts_stay_text_on_the_page(hostile):
 
 def test_hostile_texts_stay_text_in_the_terminal(hostile):
     _, view, _ = hostile
-    for color in (False, True):
-        printed = tokens.terminal([view], color)
-        codes = re.findall(r"\x1b\[(?:30;48;2;\d+;\d+;\d+(?:;4)?|0)m", printed)
-        assert bool(codes) == color and len(codes) == 2 * color * len(view["rows"])
-        left = re.sub(r"\x1b\[(?:30;48;2;\d+;\d+;\d+(?:;4)?|0)m", "", printed)
-        assert not [char for char in left if not (char.isprintable() or char == "\n")]
-        starts = [line for line in left.split("\n") if line and not line.startswith("    ")]
-        assert [start.split(":")[0].split(" <")[0] for start in starts] == [
-            "question 7", "gold answer", "  correct response 0", "  correct response 3, cut off",
-            "  incorrect response 1", "  incorrect response 2", "  incorrect response 4"]
-        assert sum(";4m" in code for code in codes) == color * view["numbers"]["selected"]
+    printed = tokens.terminal([view])
+    assert not [char for char in printed if not (char.isprintable() or char == "\n")]
+    starts = [line for line in printed.split("\n") if line and not line.startswith("    ")]
+    assert [start.split(":")[0].split(" <")[0] for start in starts] == [
+        "question 7", "gold answer", "  correct response 0", "  correct response 3, cut off",
+        "  incorrect response 1", "  incorrect response 2", "  incorrect response 4"]
 
 
 def test_the_terminal_brackets_the_selected_tokens(sums):
-    printed, _, record, rows, _ = sums
-    assert "\x1b" not in printed
-    for (question, j), part in responses_of(rows).items():
-        expected = "".join(f"⟦{text}⟧" if row["selected"] == "1" else text for row, text in
-                           ((row, json.loads(row["text"]) or row["note"]) for row in part))
-        section = printed.split(f"question {question}: ")[1].split("\nquestion ")[0]
-        assert f"  incorrect response {j}: {expected}\n" in section
+    printed, _, record, rows, groups = sums
+    parts = responses_of(rows)
+    for question, group in groups.items():
+        for where in (where for correct, where in answers_of(group) if not correct):
+            expected = "".join(f"⟦{text}⟧" if row["selected"] == "1" else text for row, text in
+                               ((row, json.loads(row["text"]) or row["note"]) for row in parts[question, where[0]]))
+            section = printed.split(f"question {question}: ")[1].split("\nquestion ")[0]
+            many = f"×{len(where)}: responses" if len(where) > 1 else "response"
+            assert f"  incorrect {many} {', '.join(map(str, where))}: {expected}\n" in section
     for group in record["groups"]:
         assert f"question {group['question']}: {group['problem']}\n" in printed
 
@@ -605,7 +703,7 @@ def test_the_terminal_brackets_the_selected_tokens(sums):
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory, sampled):
-    """Some problems that are sums and some that are not, with a checker of their own, by Δ(x), on a terminal."""
+    """Some problems that are sums and some that are not, with a checker of their own, by Δ(x)."""
     folder = tmp_path_factory.mktemp("other")
     problems = [f"{n}*{n + 3}+2" for n in range(11, 23)] + ["27+38+15", "19+19-8", "36-17+25"]
     (folder / "data.jsonl").write_text("".join(json.dumps({"problem": p, "answer": "1"}) + "\n" for p in problems))
@@ -613,9 +711,7 @@ def other(tmp_path_factory, sampled):
                                      "    return zlib.crc32(response.encode()) % 2 == 0\n")
     flags = ["--data", str(folder / "data.jsonl"), "--reward", f"{folder / 'check.py'}:even", "--questions", "15",
              "--order", "delta", "--lr", "0.01", "--max-new-tokens", "40", "--device", "cpu"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("NO_COLOR", raising=False)
-        return flags, *run(folder / "out", *flags, "--text", stdout=Terminal()), sampled[-1]
+    return flags, *run(folder / "out", *flags, "--text"), sampled[-1]
 
 
 def test_other_problems_have_no_labels_and_a_line_says_so(other):
@@ -630,9 +726,10 @@ def test_other_problems_have_no_labels_and_a_line_says_so(other):
         assert all((row[name] != "") == (int(row["question"]) in known)
                    for name in ("step", "right_as_written", "true_step", "on_path"))
     mine = [row for row in rows if int(row["question"]) in known]
-    values = summary["definitions"]["right_as_written"]
-    assert values["base_rate"] == pytest.approx(statistics.mean(int(row["right_as_written"]) for row in mine))
-    assert values["betas"]["0.0"]["selected"] == counted(mine, record, "right_as_written", 0.0)[0]
+    assert summary["labels"]["in steps right as written"]["selected"] == counted(mine, "right_as_written")[0]
+    assert len(known) < 10 and "Fewer than 100 tokens or 10 questions get no share." in printed
+    for text in (printed, source):                                             # too few sums for a share of them
+        assert not any(f"Tokens {label}" in text for label in LABELS.values()) and "of as many random" not in text
     no_step = [row for row in mine if row["step"] == "0"]
     assert summary["tokens_in_no_step"] == len(no_step)
 
@@ -662,24 +759,14 @@ def test_the_order_is_that_of_one_sgd_update_written_out(other, model):
         assert f"Δ(x) = {numbers['delta']:.3e}" in printed
 
 
-@pytest.mark.full
-def test_colors_only_on_a_terminal_and_without_no_color(other, tmp_path, monkeypatch):
-    flags, printed, *_ = other
-    assert "\x1b[" in printed
-    monkeypatch.setenv("NO_COLOR", "1")
-    plain = run(tmp_path, *flags, "--text", stdout=Terminal())[0]
-    written = "\nwritten: "
-    assert plain.split(written)[0] == re.sub(r"\x1b\[[\d;]*m", "", printed).split(written)[0]
-
-
-def test_without_any_sum_the_page_has_no_table(other, tmp_path):
+def test_without_any_sum_the_page_has_no_labels(other, tmp_path):
     flags, *_ = other
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"problem": f"{n}*{n + 3}+2", "answer": "1"}) + "\n" for n in range(11, 23)))
     printed, source, record, rows = run(tmp_path / "out", "--data", data, *flags[2:4], "--questions", 1)
-    assert record["summary"]["definitions"] == {} and "<table" not in source and "| β" not in printed
+    assert (record["summary"]["labels"], record["summary"]["selected_share"]) == ({}, None)
     assert "No sums of whole numbers: 1 of 1 problems." in printed and {row["step"] for row in rows} == {""}
-    assert not [title for _, title in Page(source).sups if title]
+    assert "%" not in printed.replace("95% intervals", "") and Page(source).sups == []
 
 
 def test_bad_flags_end_with_one_line(tmp_path):
