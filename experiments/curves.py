@@ -5,10 +5,15 @@ python experiments/curves.py runs/ablations-tiny/runs/nthr* --group-by method lr
 
 Writes curves.png, one panel per metric that the runs measured (the line is the mean of a group's runs, the band ± one
 standard deviation of the runs), and curves.csv: step, group, metric, mean, standard deviation (n − 1; empty for one
-run), n. A healthy run raises success rate and greedy accuracy while the share of questions with Δ ≤ 0 stays small.
+run), n. Runs that differ in data, eval_data or eval_size are not averaged, since their greedy accuracy is of other
+problems: the legend names what differs. No file is overwritten: after curves.png comes curves-2.png.
+
+A healthy run raises success rate and greedy accuracy, keeps groups, and has few cut-off responses and few questions
+with Δ ≤ 0.
 """
 import argparse
 import json
+from itertools import count
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -19,10 +24,13 @@ from support.errors import fail, printable
 
 matplotlib.use("Agg")                                                          # files only, no window
 METRICS = {"success_rate": "success rate of sampled responses", "eval_accuracy": "greedy accuracy",
+           "groups_kept": "groups kept, with right and wrong responses",
+           "truncated_share": "share of responses cut off",
            "delta_mean": "Δ (Eq. 2), nats per correct response",
            "delta_nonpositive_share": "share of questions with Δ ≤ 0",
            "tau": "threshold τ", "selected_share": "share of negative tokens selected",
            "kl": "KL to the initial model, nats per token", "response_length": "response length, tokens"}
+EVALUATION = ("data", "eval_data", "eval_size")                                # which problems greedy accuracy is of
 STYLES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (1, 3)))
 
 
@@ -90,7 +98,8 @@ def plot(curves, path):
                               color=f"C{i % 10}", alpha=0.15, linewidth=0)
         axis.set_title(METRICS[metric], fontsize=10)
         axis.set_xlabel("step")
-    figure.legend(legend.values(), legend.keys(), loc="outside upper center", ncols=3)
+    figure.legend(legend.values(), legend.keys(), loc="outside upper center",
+                  ncols=3 if max(map(len, groups)) < 40 else 1)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -100,17 +109,22 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", help="run folders, or their metrics.jsonl")
     parser.add_argument("--group-by", nargs="+", default=["method"], metavar="KEY",
                         help="config keys whose values name a group (default: method)")
-    parser.add_argument("--out", default="runs/curves", help="output folder (default: runs/curves)")
+    parser.add_argument("--out", default="runs/curves", help="output folder (default: runs/curves); nothing in it is "
+                        "overwritten: after curves.png comes curves-2.png")
     args = parser.parse_args(argv)
     found = [(source, *read_run(source)) for source in args.runs]
-    curves = average([(group_name(source, config, args.group_by), rows) for source, config, rows in found])
+    keys = [*args.group_by, *(key for key in EVALUATION if key not in args.group_by
+                              and len({str(config.get(key)) for _, config, _ in found}) > 1)]
+    curves = average([(group_name(source, config, keys), rows) for source, config, rows in found])
     if not curves:
         fail("none of these runs measured anything yet")
     out = common.make_folder(args.out)
-    common.write_csv(out / "curves.csv", curves)
-    plot(curves, out / "curves.png")
+    names = ("curves" if n == 1 else f"curves-{n}" for n in count(1))
+    path = next(out / name for name in names if not list(out.glob(f"{name}.*")))
+    common.write_csv(path.with_suffix(".csv"), curves)
+    plot(curves, path.with_suffix(".png"))
     groups = dict.fromkeys(row["group"] for row in curves)
-    print(f"{len(found)} runs in {len(groups)} groups ({'; '.join(groups)}): {out}/curves.png, {out}/curves.csv")
+    print(f"{len(found)} runs in {len(groups)} groups ({'; '.join(groups)}): {path}.png, {path}.csv")
 
 
 if __name__ == "__main__":

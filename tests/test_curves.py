@@ -14,8 +14,8 @@ sys.path.insert(0, str(ROOT / "experiments"))
 
 import curves  # noqa: E402
 
-METRICS = ("success_rate", "eval_accuracy", "delta_mean", "delta_nonpositive_share", "tau", "selected_share", "kl",
-           "response_length")
+METRICS = ("success_rate", "eval_accuracy", "groups_kept", "truncated_share", "delta_mean", "delta_nonpositive_share",
+           "tau", "selected_share", "kl", "response_length")
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +39,11 @@ def make_run(name, method, seed, steps, unmeasured=("kl",), **config):
 
 
 def draw(*flags):
+    """The rows of the CSV that this call adds."""
+    before = set(Path().glob("out/*.csv"))
     curves.main([*map(str, flags), "--out", "out"])
-    with open("out/curves.csv", newline="") as file:
+    new, = set(Path().glob("out/*.csv")) - before
+    with new.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -106,6 +109,37 @@ def test_groups_by_other_config_keys(monkeypatch):
     check(draw(*low, *high, "--group-by", "seed"), {"seed 0": [low[0], high[0]], "seed 1": [low[1], high[1]]})
 
 
+def test_runs_evaluated_on_other_problems_are_told_apart(monkeypatch, capsys):
+    monkeypatch.setattr(curves, "plot", lambda *_: None)
+    runs = {(data, size): make_run(f"{data}-{size}", "nthr", size, 3, data="d", eval_data=data, eval_size=size)
+            for data, size in (("a", 100), ("a", 500), ("b", 500))}
+    other = make_run("again", "nthr", 1, 3, data="d", eval_data="a", eval_size=500)
+    check(draw(runs["a", 500], other), {"nthr": [runs["a", 500], other]})
+    check(draw(runs["a", 100], runs["a", 500], other),
+          {"nthr, eval_size 100": [runs["a", 100]], "nthr, eval_size 500": [runs["a", 500], other]})
+    assert "2 groups (nthr, eval_size 100; nthr, eval_size 500)" in capsys.readouterr().out
+    check(draw(runs["a", 500], runs["b", 500]),
+          {"nthr, eval_data a": [runs["a", 500]], "nthr, eval_data b": [runs["b", 500]]})
+    held_out = [make_run(f"held{data}", "nthr", 0, 3, data=data, eval_data=None, eval_size=200) for data in "xy"]
+    check(draw(*held_out), {"nthr, data x": held_out[:1], "nthr, data y": held_out[1:]})
+    check(draw(*runs.values(), "--group-by", "eval_size", "eval_data"),
+          {f"eval_size {size}, eval_data {data}": [run] for (data, size), run in runs.items()})
+
+
+def test_no_earlier_file_is_overwritten(monkeypatch, capsys):
+    monkeypatch.setattr(curves, "plot", lambda _, path: path.write_text(str(path)))
+    run = make_run("run", "nthr", 0, 3)
+    Path("out").mkdir()
+    Path("out/curves-2.png").write_text("a picture alone")
+    for name in ("curves", "curves-3", "curves-4"):
+        before = {path: path.read_bytes() for path in Path("out").iterdir()}
+        draw(run)
+        after = {path: path.read_bytes() for path in Path("out").iterdir()}
+        assert {str(path) for path in after.keys() - before} == {f"out/{name}.csv", f"out/{name}.png"}
+        assert before.items() <= after.items()
+        assert f"out/{name}.png, out/{name}.csv" in capsys.readouterr().out
+
+
 def test_a_torn_last_line_is_left_out(monkeypatch):
     monkeypatch.setattr(curves, "plot", lambda *_: None)
     run = make_run("run", "nthr", 0, 3)
@@ -140,4 +174,5 @@ def test_help_and_no_runs(capsys):
         with pytest.raises(SystemExit) as caught:
             curves.main(flags)
         assert caught.value.code == code
-    assert "--group-by" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "--group-by" in printed and "overwritten" in printed
