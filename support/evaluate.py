@@ -94,7 +94,7 @@ def warn_if_unmixed(steps, is_last, answers, reward, max_new_tokens):
 
     answers: those of the newest of these steps; is_last: of a run that made no update."""
     if steps % 10 == 3 or (steps and is_last):
-        warn(f"steps in a row without a question that has both right and wrong answers: {steps}; in the last one, "
+        warn(f"no question had both right and wrong answers in {steps} steps; in the last one, "
              f"{likely_cause(answers, reward, max_new_tokens)}")
 
 
