@@ -2,12 +2,15 @@
 import hashlib
 import json
 import re
+import sys
+import textwrap
 from collections import Counter
 from http.client import IncompleteRead
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -15,8 +18,8 @@ from transformers import AutoTokenizer
 import rollout
 from helpers import ROOT, run_here, small_flags, write
 from reward import math_reward
-from support import data, evaluate
-from support.data import (BENCHMARKS, TABLE_2, TRAINING_SETS, draw_questions, encode_prompt, encode_prompts,
+from support import data, evaluate, models
+from support.data import (BENCHMARKS, TABLE_2, TRAINING_SETS, check_reward, draw_questions, encode_prompt, encode_prompts,
                           load_eval_problems, load_function, load_problems, load_reward, split_problems, step_seed)
 
 DATA = ROOT.parent / "shared" / "data"                                         # the real files, where they lie there
@@ -92,6 +95,64 @@ def test_problems_and_answers_are_read_from_each_field_that_data_sets_use(tmp_pa
     assert [row["problem"] for row in load_problems(path)] == ["b", "a"]
 
 
+WORD_PROBLEMS = [   # (a made-up row with the fields of ASDiv, SVAMP, MAWPS, or with capital letters, problem, answer)
+    ({"body": "Two cats meet three dogs.", "question": "How many meet?", "answer": "5 (cats and dogs)"},
+     "Two cats meet three dogs. How many meet?", "5"),
+    ({"body": " Two cats ", "question": " How many paws? ", "answer": "1,008 (paws)"}, "Two cats. How many paws?", "1,008"),
+    ({"body": "Is it late?", "question": "Tell!", "answer": "Yes (it is)"}, "Is it late? Tell!", "Yes (it is)"),
+    ({"body": "Cats!", "question": "Ratio?", "answer": "3:4 (cats)"}, "Cats! Ratio?", "3:4 (cats)"),
+    ({"body": "Cats.", "question": "How many?", "answer": "-2.5 (m)"}, "Cats. How many?", "-2.5"),
+    ({"body": "Cats.", "question": "How many?", "answer": "inf (m)"}, "Cats. How many?", "inf (m)"),
+    ({"body": "Cats.", "question": "How many?", "solution": r"\boxed{4}"}, "Cats. How many?", "4"),
+    ({"Body": "There are 4 cats", "Question": "How many?", "Answer": 43.0, "ID": "x"}, "There are 4 cats. How many?", "43"),
+    ({"Body": "Half a cat.", "Question": "How much?", "Answer": 0.5}, "Half a cat. How much?", "0.5"),
+    ({"input": "How many cats ?", "target": 43.0}, "How many cats ?", "43"),
+    ({"input": "How many cats ?", "target": "2.5"}, "How many cats ?", "2.5"),
+    ({"question": "An interval?", "answer": "9 (apples)"}, "An interval?", "9 (apples)"),    # no body: a text as it is
+    ({"PROBLEM": "a", "Final_Answer": 3}, "a", "3"), ({"Problem": "a", "problem": "b", "answer": 1}, "b", "1")]
+
+
+def test_rows_of_asdiv_svamp_and_mawps_and_capital_letters_are_read_as_they_are(tmp_path):
+    wrong = []
+    for row, problem, answer in WORD_PROBLEMS:
+        found = load_problems(write(tmp_path / "rows.jsonl", json.dumps(row)))
+        if found != [{"problem": problem, "answer": answer}]:
+            wrong.append((row, found))
+    assert wrong == []
+
+
+def test_fields_that_are_not_known_are_listed_and_the_readme_converts_them(tmp_path, monkeypatch):
+    for row in ({"prompt": "1+1", "label": 2}, {"question": "1+1", "label": 2}, {"prompt": "1+1", "answer": 2}):
+        message = error_of(load_problems, write(tmp_path / "theirs.jsonl", json.dumps(row)))
+        assert f"got the fields {', '.join(row)}: " in message and "README.md, Your own task" in message, message
+    assert "got the fields none" in error_of(load_problems, write(tmp_path / "theirs.jsonl", "{}"))
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "theirs.jsonl", '{"prompt": "1+1", "label": 2}\n{"prompt": "1+2", "label": 3}\n')
+    task = (ROOT / "README.md").read_text().split("## Your own task")[1]
+    lines = re.search(r"```python\n(.*?)```", task, re.DOTALL)[1]
+    assert len(lines.strip().splitlines()) == 3
+    exec(textwrap.dedent(lines))
+    assert load_problems("my.json") == [{"problem": "1+1", "answer": "2"}, {"problem": "1+2", "answer": "3"}]
+
+
+def test_a_gold_answer_that_looks_like_a_solution_is_warned_of_but_not_in_a_data_set_with_a_name(tmp_path, capsys,
+                                                                                               monkeypatch):
+    def warnings(*answers, name=None):
+        path = write(tmp_path / "data.jsonl", "".join(json.dumps({"problem": "a", "answer": answer}) + "\n"
+                                                      for answer in answers))
+        monkeypatch.setattr(data, "download", lambda *source: path)
+        load_problems(name or path)
+        return capsys.readouterr().err
+
+    assert warnings("x" * 200) == warnings("2\n#### 7") == ""
+    for answers, counted in ((["7", "x" * 201], "1 of 2 answers"), (["7", "8", "3 and\n4"], "1 of 3 answers"),
+                             (["a\nb", "7", "x" * 999], "2 of 3 answers")):
+        text, first = warnings(*answers), next(i for i, answer in enumerate(answers, 1) if len(answer) > 2)
+        assert text.startswith(f"warning: {counted}") and text.count("\n") == 1 and f"(first line {first})" in text, text
+        assert str(tmp_path / "data.jsonl") in text and "the final answer alone" in text
+        assert warnings(*answers, name="olympiadbench") == ""                  # nobody would mend it
+
+
 def test_json_lists_and_json_lines_are_read_alike_whatever_their_line_ends(tmp_path):
     """With a BOM, blank lines, separators of Unicode inside of texts, and pretty-printed."""
     rows = [{"problem": "a\u2028b\u2029c\x85d\ufeffe\x1b\0\r\nf", "answer": "é🙂"}, {"problem": "1+1", "answer": "2"}]
@@ -127,7 +188,7 @@ def test_a_file_that_cannot_be_used_is_named_with_its_line_or_item(tmp_path):
         ('{"problem": "2", "solution": "it is 4"}', "answer", False),
         *((f'{{"problem": {value}, "answer": 1}}', "problem", False) for value in ("null", '" "', "5", '["1"]', "{}",
                                                                                    '{"text": "1"}')),
-        ('{"answer": 1}', "problem", False), ('{"Problem": "1", "answer": 2}', "problem", False),
+        ('{"answer": 1}', "problem", False), ('{"prompt": "1", "answer": 2}', "problem", False),
         ("null", "NoneType", False), ("true", "bool", False), ("7", "int", False), ("1.5", "float", False),
         ('"text"', "str", False)]
     cases = [   # (content, the place that must be named, what is said)
@@ -245,7 +306,28 @@ def test_the_data_sets_are_those_of_table_2_and_gsm8k_at_fixed_commits_with_hash
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the real data sets are not here")
-def test_the_real_files_have_the_known_hashes_and_so_many_problems():
+def test_every_gold_of_other_word_problems_is_right_when_it_is_boxed():
+    """ASDiv, MAWPS, SVAMP and GSM8K's training set, as files of the user's: none is warned of either."""
+    for file, problems in (("asdiv", 2215), ("mawps", 2065), ("svamp", 1000), ("gsm8k_train", 7473),
+                           ("gsm8k_test", 1319)):
+        rows = load_problems(DATA / f"{file}.jsonl")
+        wrong = [row for row in rows if math_reward(f"So it is \\boxed{{{row['answer']}}}.", row["answer"]) != 1]
+        assert len(rows) == problems and wrong == [], file
+        raw = [json.loads(line) for line in (DATA / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()]
+        for row, mine in zip(raw, rows):
+            question = row.get("question") or row.get("Question") or row["input"]
+            assert mine["problem"].endswith(question.strip()) or file == "mawps" and mine["problem"] == question, row
+            if file == "svamp" or file == "mawps":
+                assert float(mine["answer"]) == row.get("Answer", row.get("target"))
+            elif file == "asdiv":                                              # a number without its unit, or a text
+                number = re.match(r"-?[\d,.]+(?= *\()", row["answer"])
+                assert mine["answer"].strip() == (number[0] if number else row["answer"].strip()), row
+            else:
+                assert mine["answer"] == re.search(r"#### (.*)$", row["answer"])[1], row
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the real data sets are not here")
+def test_the_real_files_have_the_known_hashes_and_so_many_problems(capsys):
     for name, (file, problems) in FILES.items():
         assert hashlib.sha256((DATA / file).read_bytes()).hexdigest() == SETS[name][1], name
         assert len(load_problems(DATA / file)) == problems, name
@@ -392,10 +474,11 @@ def test_a_prompt_is_the_tokenizers_chat_template_or_a_plain_one():
     assert encode_prompt(tokenizer, "1+1?", "") == expected
 
 
-def test_only_the_mathematical_reward_asks_for_a_box():
+def test_every_prompt_ends_with_the_instruction():
     problems = [{"problem": "a"}, {"problem": "bb"}]
-    for reward, end in (("math", f"\n{BOXED}\nAnswer:"), ("mine.py:reward", "\nAnswer:")):
-        prompts = encode_prompts(problems, Letters(), SimpleNamespace(), 5, reward)
+    assert data.INSTRUCTION == BOXED
+    for instruction, end in ((BOXED, f"\n{BOXED}\nAnswer:"), ("Be brief.", "\nBe brief.\nAnswer:"), ("", "\nAnswer:")):
+        prompts = encode_prompts(problems, Letters(), SimpleNamespace(), 5, instruction)
         assert ["".join(map(chr, prompt)) for prompt in prompts] == [f"Question: a{end}", f"Question: bb{end}"]
 
 
@@ -404,9 +487,9 @@ def test_the_longest_prompt_and_its_response_must_fit_into_the_context():
     for limit, fits in ((length + 5, True), (length + 4, False), (None, True), (10**9, True)):
         config = SimpleNamespace(max_position_embeddings=limit)
         if fits:
-            assert len(encode_prompts(problems, Letters(), config, 5, "mine.py:reward")) == 3
+            assert len(encode_prompts(problems, Letters(), config, 5, "")) == 3
         else:
-            message = error_of(encode_prompts, problems, Letters(), config, 5, "mine.py:reward")
+            message = error_of(encode_prompts, problems, Letters(), config, 5, "")
             for words in (f"takes {length} tokens", "--max-new-tokens 5", f"context of {limit}", "b" * 60):
                 assert words in message and "b" * 61 not in message
 
@@ -418,13 +501,96 @@ def test_a_tokenizer_that_makes_no_tokens_is_refused():
 
 # ---------------------------------------------------------------------------------------------- 5. the user's functions
 
-def test_the_reward_is_one_or_nothing_whatever_a_users_function_returns(tmp_path):
-    file = write(tmp_path / "mine.py", "def right(response, answer):\n    return eval(response) if answer else None\n")
-    reward = load_reward(f"{file}:right")
-    results = {"1": 1.0, "True": 1.0, "1.0": 1.0, "0": 0.0, "False": 0.0, "0.5": 0.0, "2": 0.0, "None": 0.0, "'1'": 0.0}
-    assert {text: reward(text, "a") for text in results} == results
-    assert all(type(reward(text, "a")) is float for text in results)
+RIGHT = ["1", "True", "1.0", "np.float32(1)", "np.int64(1)", "np.bool_(True)", "np.array([1])", "torch.tensor(1)",
+         "torch.tensor(True)", "torch.tensor([1.0], dtype=torch.bfloat16)", "np.float16(1)", "torch.tensor([[1]])"]
+WRONG = ["0", "False", "0.0", "np.float32(0)", "np.bool_(False)", "torch.tensor(0.0)", "torch.tensor([False])"]
+REFUSED = ["0.5", "1.1", "None", "'yes'", "'1'", "float('nan')", "2", "-1", "[1]", "(1,)", "np.array([1, 0])", "{}", "1j",
+           "torch.tensor([1, 1])", "np.float32(0.1)", "torch.tensor(0.5)", "torch.tensor([])", "np.array(['1'])",
+           "float('inf')", "b'1'", "1 + 1e-9"]
+
+
+def test_a_reward_is_right_or_wrong_and_anything_else_ends_the_run(tmp_path):
+    file = write(tmp_path / "mine.py", "import numpy as np\nimport torch\n\n\n"
+                                       "def right(response, answer):\n    return eval(response)\n")
+    reward, wrong = load_reward(f"{file}:right"), []
+    for number, texts in ((1.0, RIGHT), (0.0, WRONG)):
+        found = {text: reward(text, "a") for text in texts}
+        assert found == dict.fromkeys(texts, number) and {type(value) for value in found.values()} == {float}
+    for text in REFUSED:
+        message = error_of(reward, text, "gold")
+        value = str(eval(text, {"np": np, "torch": torch}))
+        expected = (f"{file}:right returned {value} for the response {text!r} to the answer 'gold', expected 1 or 0")
+        wrong += [(text, message)] * (message != f"error: {expected}")
+    assert wrong == []
     assert load_reward("math")(r"\boxed{\frac{2}{4}}", "0.5") == 1.0
+    message = error_of(reward, f"{'7' * 90} * 0 + 2", "7" * 90)                # the ends, where answers stand
+    assert f"'... {'7' * 48} * 0 + 2'" in message and f"'... {'7' * 56}'" in message and len(message) < 300, message
+
+
+def called_at_start(tmp_path, capsys, code, answer="42"):
+    """(how the call of a reward file at the start ends, what it warned of)."""
+    file = tmp_path / f"reward{len(list(tmp_path.iterdir()))}.py"
+    write(file, code)
+    try:
+        check_reward(f"{file}:f", answer)
+        return "", capsys.readouterr().err
+    except SystemExit as stop:
+        call = rf"{file}:f(response='\\boxed{{42}}', answer='42') "
+        assert stop.code.startswith((f"error: the call {call}", f"error: {call}", f"error: {file}:f returned")), stop.code
+        assert "\n" not in stop.code
+        return stop.code, capsys.readouterr().err
+
+
+def test_the_reward_is_called_once_at_the_start_on_a_gold_answer_in_its_box(tmp_path, capsys):
+    expected = "expected a function (response, answer) -> 1 or 0"
+    for code, words in (
+            ("def f(response): return 1", "TypeError: f() takes 1 positional argument"),
+            ("def f(prompt, response, answer): return 1", "TypeError: f() missing 1 required positional"),
+            ("def f(*, response, answer): return 1", "TypeError"),
+            ("def f(response, answer):\n    import no_such_module\n", "ModuleNotFoundError: No module named 'no_such_mod"),
+            ("def f(response, answer): return re.search('x', response)", "NameError: name 're' is not defined"),
+            ("def f(response, answer): return 1 / 0", "ZeroDivisionError"),
+            ("def f(answer, response): return int(answer in response)", "swapped 1"),
+            ("from reward import math_reward\n\n\ndef f(answer, response): return math_reward(response, answer)", "swapped 1"),
+            ("def f(response, answer): return 0.5", "returned 0.5 for the response"),
+            ("def f(response, answer): pass", "returned None for the response")):
+        message, warned = called_at_start(tmp_path, capsys, code)
+        assert words in message and warned == "" and ("1 or 0" if "returned" in words else expected) in message, code
+    for code in ("def f(response, answer): return answer in response", "def f(response, answer): return response == answer",
+                 "def f(r, *rest, **more): return True", "f = lambda response, answer: answer in response"):
+        assert called_at_start(tmp_path, capsys, code) == ("", ""), code
+    for code in ("def f(response, answer): return 0", "def f(response, answer): return f'<a>{answer}</a>' in response"):
+        message, warned = called_at_start(tmp_path, capsys, code)
+        assert message == "" and warned.startswith("warning: the call ") and warned.count("\n") == 1, code
+        assert "which response is right?" in warned
+    check_reward("math", "42")
+    assert capsys.readouterr().err == ""
+    check_reward("math", "no \\boxed{} ) of a gold {")                          # it can never be right
+    assert capsys.readouterr().err.startswith("warning: the call math(response=")
+
+
+def test_what_is_wrong_with_a_reward_is_found_before_the_model_is_loaded(tmp_path, monkeypatch):
+    file = write(tmp_path / "mine.py", "def f(response): return 1\n")
+    monkeypatch.setattr(models, "load_model", lambda *args: pytest.fail("the model was loaded"))
+    for extra, flags in (([], small_flags(tmp_path)), (["--eval-only"], small_flags(tmp_path)[2:])):
+        with pytest.raises(SystemExit) as caught:
+            run_here(*flags, *extra, "--reward", f"{file}:f", "--out", tmp_path / "run")
+        assert "takes 1 positional argument" in caught.value.code and not (tmp_path / "run").exists()
+
+
+def test_a_reward_file_imports_what_lies_beside_it_and_the_path_is_as_before(tmp_path, monkeypatch):
+    name = f"neighbour_{tmp_path.name}".replace("-", "_")
+    write(tmp_path / f"{name}.py", "BOX = '[%s]'\n")
+    source = write(tmp_path / "mine.py", f"from {name} import BOX\n\n\ndef f(response, answer):\n"
+                                         "    return BOX % answer in response\n")
+    broken = write(tmp_path / "broken.py", f"import {name}, no_such_module\n")
+    monkeypatch.chdir(tmp_path.parent)
+    before = sys.path.copy()
+    reward = load_reward(f"{source}:f")
+    assert (reward("so [7]", "7"), reward("so 7", "7")) == (1.0, 0.0) and sys.path == before
+    data.run_file.cache_clear()
+    assert load_reward(f"{tmp_path.name}/mine.py:f")("[7]", "7") == 1.0 and sys.path == before    # from another folder
+    assert "no_such_module" in error_of(load_reward, f"{broken}:f") and sys.path == before
 
 
 def test_a_file_of_the_users_is_run_once_and_its_faults_are_named(tmp_path):

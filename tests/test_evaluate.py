@@ -112,8 +112,10 @@ def greedy_by_transformers(files):
 def test_eval_only_writes_the_greedy_answers_and_prints_the_table(sums, tmp_path, capsys):
     run_here("--eval-only", "--eval-data", f"{sums[1]},{sums[0]}", "--max-new-tokens", 28, "--max-sequences", 5,
              "--out", tmp_path / "out", *CPU)
-    announced, *printed = capsys.readouterr().out.splitlines()
-    assert announced.startswith("memory, estimated for responses of 28 tokens: ") and "update" not in announced
+    printed = capsys.readouterr().out.splitlines()
+    memory = next(number for number, line in enumerate(printed) if line.startswith("memory"))
+    assert printed[memory].startswith("memory, estimated for responses of 28 tokens: ")
+    assert "update" not in printed[memory]
     expected, table = greedy_by_transformers((sums[1], sums[0])), []
     for file in (sums[1], sums[0]):
         mine = [row for row in expected if row["benchmark"] == str(file)]
@@ -123,7 +125,7 @@ def test_eval_only_writes_the_greedy_answers_and_prints_the_table(sums, tmp_path
     assert read_lines(tmp_path / "out" / "answers.jsonl") == expected
     assert list(expected[0]) == list(read_lines(tmp_path / "out" / "answers.jsonl")[0])
     assert {row["finished"] for row in expected} == {True, False} and {row["reward"] for row in expected} == {0.0, 1.0}
-    lines = [line.split() for line in printed]
+    lines = [line.split() for line in printed[memory + 1:]]
     average = f"{sum(float(row[2]) for row in table) / 2:.2f}"
     assert lines[0][0] == "benchmark" and lines[1:3] == table
     assert lines[3] == ["average", "16", average, str(sum(int(row[3]) for row in table))]
@@ -218,8 +220,8 @@ def test_training_logs_the_mean_over_benchmarks_and_eval_only_finds_the_same_in_
     assert lines[1] == (f"step 1: greedy accuracy {rows[1]['eval_accuracy']:.1%} on 14 problems "
                         f"({long} {right[long] / 10:.1%}, {short} {right[short] / 4:.1%})")
     samples = read_lines(tmp_path / "run" / "samples.jsonl")
-    assert [row["step"] for row in samples] == [0] * 5 + [1] * 5
-    assert samples[5:] == [{"step": 1, **row} for row in answers[:5]]          # the first five of the first benchmark
+    assert [row["step"] for row in samples] == [0] * 5 + [1] * 6               # the last one is a sampled group
+    assert samples[5:10] == [{"step": 1, **row} for row in answers[:5]]          # the first five of the first benchmark
 
 
 @pytest.mark.full

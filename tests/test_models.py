@@ -45,9 +45,12 @@ SHOWN = "\\x1b]0;owned\\x07\\x1b[2J\\x9b31m\\x08\\u202egpj\\u2066\\u200b\\x7f"
 
 
 def reward_file(folder, rule):
-    """--reward for a function of n, how many responses were rewarded before this one, and of the response."""
+    """--reward for a function of n, how many responses were rewarded before this one, and of the response.
+
+    The call at the start of a run, on a gold answer in its box, is none of them: it is right."""
     file = write(folder / f"reward{len(list(folder.glob('reward*')))}.py",
                  f"import itertools\nimport zlib\n\ncounter = itertools.count()\n\n\ndef reward(response, answer):\n"
+                 f"    if response == '\\\\boxed{{' + answer + '}}':\n        return 1\n"
                  f"    n = next(counter)\n    return {rule}\n")
     return f"{file}:reward"
 
@@ -136,7 +139,7 @@ def test_a_local_model_runs_end_to_end_with_and_without_a_chat_template(has_temp
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint").config.tie_word_embeddings
     assert saved.chat_template == AutoTokenizer.from_pretrained(folder).chat_template
     assert f"{tmp_path}/run/metrics.jsonl" in printed.out.splitlines()[-1] and "Warning" not in printed.err
-    assert "warning: no update was made" in printed.err
+    assert "warning: no question had both right and wrong answers in 2 steps" in printed.err
 
 
 @pytest.mark.full
@@ -209,9 +212,9 @@ def random_model(config, **changes):
 
 
 REFUSED = {   # what is wrong: (folder -> the model, what the message must say)
-    "no folder": (lambda folder: folder, "folder with config.json"),
-    "no config": (lambda folder: embedded(folder, without=["config.json"]), "folder with config.json"),
-    "no tokenizer": (lambda folder: embedded(folder, without=["tokenizer*"]), "tokenizer"),
+    "no folder": (lambda folder: folder, "there is no folder"),
+    "no config": (lambda folder: embedded(folder, without=["config.json"]), "has no config.json"),
+    "no tokenizer": (lambda folder: embedded(folder, without=["tokenizer*"]), "has no tokenizer.json"),
     "no weights": (lambda folder: embedded(folder, without=["*.safetensors"]), "safetensors"),
     "cut weights": (cut_weights, "safetensors"),
     "a missing weight": (without_tensor, "has no weights for model.layers.1.mlp.up_proj.weight"),
@@ -255,7 +258,7 @@ def test_a_model_that_cannot_be_used_is_refused_with_one_line_before_anything_is
         for extra in [[], *[["--eval-only"]] * (kind != "bias")]:
             start = time.monotonic()
             capfd.readouterr()
-            message = error_of(*flags_for(folder, "math", tmp_path / "run"), *extra)
+            message = error_of(*flags_for(folder, "math", tmp_path / "run"), "--eval-size", 20, *extra)
             if not (str(folder) in message and expected in message):
                 wrong.append((kind, extra, message))
             if capfd.readouterr().err:
@@ -563,7 +566,7 @@ def test_batches_without_a_mixed_group_update_nothing_and_then_training_goes_on(
     reward = reward_file(tmp_path, f"n % 2 if n >= {sampled} else {right}")
     run_here(*flags_for(degenerate["any"], reward, tmp_path / "run", steps=3), "--method", method,
              "--sampling-rounds", 2)
-    assert "warning: no update was made" in capsys.readouterr().err
+    assert "warning: no question had both right and wrong answers in 3 steps" in capsys.readouterr().err
     for row in steps_of(tmp_path / "run"):
         assert row["groups_kept"] == 0 and row["success_rate"] == right and row["questions"] == 8
         assert all(row[metric] is None for metric in UPDATE_METRICS)
@@ -571,7 +574,7 @@ def test_batches_without_a_mixed_group_update_nothing_and_then_training_goes_on(
     state = torch.load(tmp_path / "run" / "checkpoint" / "trainer.pt", weights_only=True)
     assert state["optimizer"]["state"] == {}
     run_here("--resume", tmp_path / "run", "--reward", reward, "--steps", 5)
-    assert "warning" not in capsys.readouterr().err
+    assert "no question had" not in capsys.readouterr().err
     for row in steps_of(tmp_path / "run")[3:]:
         assert row["groups_kept"] == 4 and row["updates"] == 2 and row["questions"] == 4
     assert largest_move(tmp_path / "run", degenerate["any"]) > 0

@@ -295,7 +295,7 @@ def test_bad_input_ends_with_one_line():
         (["scores", "--score-tokens", 16, 30], "--score-tokens must be multiples of --group-size 4, got 16 30"),
         (["scores", "--score-tokens", 0], "--score-tokens must be multiples of --group-size 4, got 0"),
         (["trl", "--trl-rows", 3], "--trl-rows 3 must divide the 8 rows of a step"),
-        (["scores", "--model", "."], "cannot load the model ."),
+        (["scores", "--model", "."], "the folder . has no config.json"),
         (["step", "--device", "cuda:99"], "--device cuda:99 cannot be used"),
         (["step", "--out", "file"], "--out file cannot be used as a folder")])
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from helpers import ROOT, metrics_of, read_lines, run_here, write, wrong_endings
-from support.data import encode_prompts, load_reward, run_file
+from support.data import load_reward, run_file
 
 STACK = ROOT / "tiny" / "stack"
 sys.path.insert(0, str(STACK.parent))
@@ -205,37 +205,32 @@ def test_train_py_runs_on_the_stack_model(tmp_path):
     metrics, samples = metrics_of(tmp_path / "run"), read_lines(tmp_path / "run" / "samples.jsonl")
     assert [row["step"] for row in metrics] == [0, 1, 2] and metrics[2]["groups_kept"] > 0
     test = read_lines(STACK / "test.jsonl")
-    for i, row in enumerate(samples):                                          # five of each evaluation
+    answers = [row for row in samples if "response" in row]                    # five of each evaluation
+    assert len(answers) == 10 and len(samples) == 11
+    for i, row in enumerate(answers):
         assert (row["problem"], row["answer"]) == (test[i % 5]["problem"], test[i % 5]["answer"])
         assert row["finished"] and row["reward"] == is_right(row["response"], row["problem"])
 
 
 def test_a_reward_file_of_the_users(tmp_path):
-    """It uses a name of its own file, and counts characters; it may return a float, a bool, an int; 0.5 is wrong."""
+    """It uses a name of its own file, and counts characters; it may return a float, a bool, an int. A box is 8
+    characters."""
     file = tmp_path / "mine.py"
-    for value in ("float(right)", "right", "int(right)", "1 if right else 0.5"):
+    for value in ("float(right)", "right", "int(right)"):
         run_file.cache_clear()                                                 # the same path in each case
-        write(file, f"MORE = 2\n\ndef short(response, answer):\n    right = len(response) <= len(answer) + MORE\n"
+        write(file, f"BOX = 8\n\ndef sized(response, answer):\n    right = (len(response) - len(answer)) % BOX == 0\n"
                     f"    return {value}\n")
-        reward = load_reward(f"{file}:short")
-        found = [reward(response, "xy") for response in ("", "abcd", "abcde")]
+        reward = load_reward(f"{file}:sized")
+        found = [reward(response, "xy") for response in ("ab", "abcdefghij", "abc")]
         assert found == [1.0, 1.0, 0.0] and {type(r) for r in found} == {float}, value
-    run_here("--model", STACK, "--reward", f"{file}:short", "--device", "cpu", "--steps", 1, "--batch-size", 4,
-             "--minibatch-size", 4, "--eval-size", 5, "--out", tmp_path / "run")
+    run_here("--model", STACK, "--reward", f"{file}:sized", "--device", "cpu", "--steps", 1, "--batch-size", 4,
+             "--minibatch-size", 4, "--eval-size", 20, "--out", tmp_path / "run")
     metrics, samples = metrics_of(tmp_path / "run"), read_lines(tmp_path / "run" / "samples.jsonl")
     for step in (0, 1):
-        rewards = [len(row["response"]) <= len(row["answer"]) + 2 for row in samples if row["step"] == step]
-        assert len(rewards) == 5 and metrics[step]["eval_accuracy"] == sum(rewards) / 5
-        assert rewards == [row["reward"] for row in samples if row["step"] == step]
-
-
-def test_only_the_math_reward_asks_for_a_box(tmp_path):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(STACK), AutoTokenizer.from_pretrained(STACK)
-    tokenizer.chat_template = None                                             # the embedded one drops instructions
-    rows = [{"problem": "a-b", "answer": GOLD}]
-    texts = [tokenizer.decode(encode_prompts(rows, tokenizer, model.config, 64, reward)[0])
-             for reward in ("math", f"{tmp_path / 'mine.py'}:short")]
-    assert "boxed" in texts[0] and texts[1] == "Question: a-b\nAnswer:"
+        mine = [row for row in samples if row["step"] == step and "response" in row]
+        rewards = [(len(row["response"]) - len(row["answer"])) % 8 == 0 for row in mine]
+        assert len(rewards) == 5 and 0 < metrics[step]["eval_accuracy"] < 1
+        assert rewards == [row["reward"] for row in mine]
 
 
 def test_a_reward_that_cannot_be_used_ends_with_one_line(tmp_path, monkeypatch):
