@@ -19,8 +19,9 @@ import rollout
 from helpers import ROOT, run_here, small_flags, write
 from reward import math_reward
 from support import data, evaluate, models
-from support.data import (BENCHMARKS, TABLE_2, TRAINING_SETS, check_reward, draw_questions, encode_prompt, encode_prompts,
-                          load_eval_problems, load_function, load_problems, load_reward, split_problems, step_seed)
+from support.data import (BENCHMARKS, TABLE_2, TRAINING_SETS, check_reward, draw_questions, encode_prompt,
+                          encode_prompts, load_eval_problems, load_function, load_problems, load_reward, split_problems,
+                          step_seed)
 
 DATA = ROOT.parent / "shared" / "data"                                         # the real files, where they lie there
 FILES = {   # data set: (its file in DATA, its number of problems)
@@ -98,13 +99,13 @@ def test_problems_and_answers_are_read_from_each_field_that_data_sets_use(tmp_pa
 WORD_PROBLEMS = [   # (a made-up row with the fields of ASDiv, SVAMP, MAWPS, or with capital letters, problem, answer)
     ({"body": "Two cats meet three dogs.", "question": "How many meet?", "answer": "5 (cats and dogs)"},
      "Two cats meet three dogs. How many meet?", "5"),
-    ({"body": " Two cats ", "question": " How many paws? ", "answer": "1,008 (paws)"}, "Two cats. How many paws?", "1,008"),
+    ({"body": " Two cats ", "question": " How many? ", "answer": "1,008 (paws)"}, "Two cats. How many?", "1,008"),
     ({"body": "Is it late?", "question": "Tell!", "answer": "Yes (it is)"}, "Is it late? Tell!", "Yes (it is)"),
     ({"body": "Cats!", "question": "Ratio?", "answer": "3:4 (cats)"}, "Cats! Ratio?", "3:4 (cats)"),
     ({"body": "Cats.", "question": "How many?", "answer": "-2.5 (m)"}, "Cats. How many?", "-2.5"),
     ({"body": "Cats.", "question": "How many?", "answer": "inf (m)"}, "Cats. How many?", "inf (m)"),
     ({"body": "Cats.", "question": "How many?", "solution": r"\boxed{4}"}, "Cats. How many?", "4"),
-    ({"Body": "There are 4 cats", "Question": "How many?", "Answer": 43.0, "ID": "x"}, "There are 4 cats. How many?", "43"),
+    ({"Body": "Some cats", "Question": "How many?", "Answer": 43.0, "ID": "x"}, "Some cats. How many?", "43"),
     ({"Body": "Half a cat.", "Question": "How much?", "Answer": 0.5}, "Half a cat. How much?", "0.5"),
     ({"input": "How many cats ?", "target": 43.0}, "How many cats ?", "43"),
     ({"input": "How many cats ?", "target": "2.5"}, "How many cats ?", "2.5"),
@@ -148,7 +149,8 @@ def test_a_gold_answer_that_looks_like_a_solution_is_warned_of_but_not_in_a_data
     for answers, counted in ((["7", "x" * 201], "1 of 2 answers"), (["7", "8", "3 and\n4"], "1 of 3 answers"),
                              (["a\nb", "7", "x" * 999], "2 of 3 answers")):
         text, first = warnings(*answers), next(i for i, answer in enumerate(answers, 1) if len(answer) > 2)
-        assert text.startswith(f"warning: {counted}") and text.count("\n") == 1 and f"(first line {first})" in text, text
+        assert text.startswith(f"warning: {counted}") and text.count("\n") == 1, text
+        assert f"(first line {first})" in text, text
         assert str(tmp_path / "data.jsonl") in text and "the final answer alone" in text
         assert warnings(*answers, name="olympiadbench") == ""                  # nobody would mend it
 
@@ -504,8 +506,8 @@ def test_a_tokenizer_that_makes_no_tokens_is_refused():
 RIGHT = ["1", "True", "1.0", "np.float32(1)", "np.int64(1)", "np.bool_(True)", "np.array([1])", "torch.tensor(1)",
          "torch.tensor(True)", "torch.tensor([1.0], dtype=torch.bfloat16)", "np.float16(1)", "torch.tensor([[1]])"]
 WRONG = ["0", "False", "0.0", "np.float32(0)", "np.bool_(False)", "torch.tensor(0.0)", "torch.tensor([False])"]
-REFUSED = ["0.5", "1.1", "None", "'yes'", "'1'", "float('nan')", "2", "-1", "[1]", "(1,)", "np.array([1, 0])", "{}", "1j",
-           "torch.tensor([1, 1])", "np.float32(0.1)", "torch.tensor(0.5)", "torch.tensor([])", "np.array(['1'])",
+REFUSED = ["0.5", "1.1", "None", "'yes'", "'1'", "float('nan')", "2", "-1", "[1]", "(1,)", "np.array([1, 0])", "{}",
+           "1j", "torch.tensor([1, 1])", "np.float32(0.1)", "torch.tensor(0.5)", "torch.tensor([])", "np.array(['1'])",
            "float('inf')", "b'1'", "1 + 1e-9"]
 
 
@@ -536,8 +538,8 @@ def called_at_start(tmp_path, capsys, code, answer="42"):
         return "", capsys.readouterr().err
     except SystemExit as stop:
         call = rf"{file}:f(response='\\boxed{{42}}', answer='42') "
-        assert stop.code.startswith((f"error: the call {call}", f"error: {call}", f"error: {file}:f returned")), stop.code
-        assert "\n" not in stop.code
+        known = f"error: the call {call}", f"error: {call}", f"error: {file}:f returned"
+        assert stop.code.startswith(known) and "\n" not in stop.code, stop.code
         return stop.code, capsys.readouterr().err
 
 
@@ -547,16 +549,17 @@ def test_the_reward_is_called_once_at_the_start_on_a_gold_answer_in_its_box(tmp_
             ("def f(response): return 1", "TypeError: f() takes 1 positional argument"),
             ("def f(prompt, response, answer): return 1", "TypeError: f() missing 1 required positional"),
             ("def f(*, response, answer): return 1", "TypeError"),
-            ("def f(response, answer):\n    import no_such_module\n", "ModuleNotFoundError: No module named 'no_such_mod"),
+            ("def f(response, answer):\n    import no_such_module", "ModuleNotFoundError: No module named 'no_such_m"),
             ("def f(response, answer): return re.search('x', response)", "NameError: name 're' is not defined"),
             ("def f(response, answer): return 1 / 0", "ZeroDivisionError"),
             ("def f(answer, response): return int(answer in response)", "swapped 1"),
-            ("from reward import math_reward\n\n\ndef f(answer, response): return math_reward(response, answer)", "swapped 1"),
+            ("import reward\n\n\ndef f(answer, response): return reward.math_reward(response, answer)", "swapped 1"),
             ("def f(response, answer): return 0.5", "returned 0.5 for the response"),
             ("def f(response, answer): pass", "returned None for the response")):
         message, warned = called_at_start(tmp_path, capsys, code)
         assert words in message and warned == "" and ("1 or 0" if "returned" in words else expected) in message, code
-    for code in ("def f(response, answer): return answer in response", "def f(response, answer): return response == answer",
+    for code in ("def f(response, answer): return answer in response",
+                 "def f(response, answer): return response == answer",
                  "def f(r, *rest, **more): return True", "f = lambda response, answer: answer in response"):
         assert called_at_start(tmp_path, capsys, code) == ("", ""), code
     for code in ("def f(response, answer): return 0", "def f(response, answer): return f'<a>{answer}</a>' in response"):

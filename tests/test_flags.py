@@ -3,6 +3,7 @@ import json
 import math
 import re
 import shlex
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,10 @@ GROUPS = {   # title: its flags and the defaults that the help must show; None w
         "model": "the embedded model in tiny/", "data": "embedded model its train.jsonl, real model math",
         "eval-data": "embedded model its test.jsonl, real model a tenth of --data, held out, or with --eval-only the "
                      "five benchmarks",
-        "reward": "embedded model its own, real model math", "eval-size": "embedded model 500, real model 200"},
+        "reward": "embedded model its own, real model math",
+        "instruction": 'for the reward "math" "Please reason step by step, and put your final answer within '
+                       '\\boxed{}.", for others nothing',
+        "eval-size": "embedded model 500, real model 200"},
     "method (Eq. 7, Eq. 8, Algorithm 1)": {
         "method": "nthr", "beta": "1.0", "eta": "2|0.5-p|", "nthr-vocab": "responses"},
     "sampling (§2, App. 7.3)": {
@@ -49,7 +53,7 @@ def refusal(*argv):
     with pytest.raises(SystemExit) as caught:
         flags.parse_args("train.py", [*map(str, argv)])
     message = caught.value.code
-    assert str(message).startswith("error: ") and message.isprintable() and len(message) < 600, message
+    assert str(message).startswith("error: ") and message.isprintable() and len(message) < 700, message
     return message
 
 
@@ -142,7 +146,7 @@ def test_bfloat16_computes_on_a_cuda_gpu_only(monkeypatch):
 def test_the_default_folder_is_named_after_model_method_and_seed(tmp_path):
     for model, method, eval_only, folder in (
             ("Qwen/Qwen2.5-0.5B", "nthr", False, "runs/Qwen2.5-0.5B-nthr-seed3"), (".", "grpo", False, "grpo-seed3"),
-            ("runs/mine/checkpoint", "nthr", False, "runs/checkpoint-nthr-seed3"),
+            ("runs/mine/checkpoint", "nthr", False, "runs/mine-nthr-seed3"),
             ("a/b/", "x.py:rule", False, "runs/b-rule-seed3"),
             ("runs/mine/checkpoint", "nthr", True, "runs/mine-eval"), ("x/y", "nthr", True, "runs/y-eval"),
             ("runs/mine/checkpoint-20", "nthr", True, "runs/mine-eval")):
@@ -332,5 +336,149 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
     write(saved / "checkpoint" / "progress.json", "{}")
     for folder in (logged, saved):
         message = refusal("--out", folder, "--device", "cpu")
-        assert "already holds a run" in message and f"--resume {folder}" in message and "--out" in message, folder
+        assert "already holds a run: choose another folder, such as --out" in message and "--resume" not in message
     parse("--eval-only", "--out", logged)                        # answers.jsonl may be put beside it
+
+
+def test_what_differs_from_the_run_in_the_folder_is_named_and_resume_is_advised_where_it_works(tmp_path):
+    """The advised command is read by the parser; where there is none, --resume with these flags is refused, too."""
+    file = write(tmp_path / "mine.py", "def f(*args):\n    return 1\n")
+    given = {   # flags after those of the run, and what the message says of them; None: they do not differ
+        (): None, ("--steps", 9): None, ("--device", "cpu", "--save-every", 3): None, ("--lr", "0.002"): None,
+        ("--lr", 0.5): "--lr 0.002 instead of 0.5", ("--method", "grpo"): "--method nthr instead of grpo",
+        ("--beta=-inf",): "--beta 1.0 instead of -inf",
+        ("--instruction", "Be brief."): "--instruction  instead of Be brief.",
+        ("--seed", 4, "--eta", "p"): "--eta 2|0.5-p| instead of p, --seed 3 instead of 4"}
+    usual = ["--reward", f"{file}:f", "--lr", 2e-3, "--seed", 3]
+    for number, (flags_given, words) in enumerate(given.items()):
+        folder = recorded_run(tmp_path / str(number), *usual)
+        write(folder / "metrics.jsonl", '{"step": 0}\n')
+        (tmp_path / f"{number}-2").mkdir()
+        message = refusal(*usual, *flags_given, "--out", folder)
+        assert f"{folder} already holds a run{f' with {words}' if words else ''}: " in message, message
+        assert message.endswith(f"choose another folder, such as --out {folder}-3"), message
+        resumed = [str(flag) for flag in ("--resume", folder, *usual, *flags_given)]
+        if words:
+            assert "--resume" not in message and "leave the flag out" in refusal(*resumed), message
+        else:
+            advised = shlex.split(re.search(r"python train\.py (.*), or choose", message)[1])
+            assert flags.parse_args("", advised).out == str(folder) and flags.parse_args("", resumed)
+    older = json.loads((folder / "config.json").read_text())
+    del older["instruction"]                                                   # of a run before that flag
+    write(folder / "config.json", json.dumps(older))
+    assert "--resume" not in refusal(*usual, "--out", folder) and "lacks" in refusal("--resume", folder)
+
+
+# -------------------------------------------------------------------------------------------- 6. a model of a run
+
+def test_the_box_is_asked_for_where_the_math_reward_reads_it(tmp_path):
+    file, box = write(tmp_path / "mine.py", "def f(*args):\n    return 1\n"), "put your final answer within \\boxed{}."
+    for model, reward, instruction in (
+            (ROOT / "tiny", None, box), (ROOT / "tiny", "math", box), (ROOT / "tiny", f"{file}:f", ""),
+            ("x/y", None, box), ("x/y", f"{file}:f", ""), (ROOT / "tiny" / "stack", None, ""),
+            (ROOT / "tiny" / "stack", "math", box)):
+        argv = ["--model", model, *(["--reward", reward] if reward else [])]
+        found = parse(*argv).instruction
+        assert found.endswith(instruction) and bool(instruction) == bool(found), argv
+        for text in ("Be brief.", ""):
+            assert parse(*argv, "--instruction", text).instruction == text
+
+
+def test_a_default_mini_batch_is_at_most_the_batch_and_an_explicit_one_must_divide_it():
+    for model, default in ([], 32), (["--model", "x/y"], 16):
+        for size, expected in ((1, 1), (2, 2), (default - 1, default - 1), (default, default), (96, default)):
+            args = parse(*model, "--batch-size", size)
+            assert (args.batch_size, args.minibatch_size) == (size, expected)
+        assert "--batch-size 2 must be a multiple of --minibatch-size 32" in refusal(
+            *model, "--device", "cpu", "--batch-size", 2, "--minibatch-size", 32)
+        assert parse(*model, "--batch-size", 8, "--minibatch-size", 4).minibatch_size == 4
+
+
+SETTINGS = ["--data", "its.jsonl", "--eval-data", "its test.jsonl", "--eval-size", 7, "--instruction", "Be brief.",
+            "--lr", 3e-3, "--max-new-tokens", 33, "--steps", 12, "--batch-size", 6, "--kl-coef", 0.25,
+            "--max-sequences", 9, "--micro-batch-tokens", 77, "--eval-every", 4, "--save-every", 3, "--delta-every", 2,
+            "--no-gradient-checkpointing"]
+
+
+def saved_run(folder, *argv):
+    """The folder of a run with these flags and two checkpoints."""
+    recorded_run(folder, *argv)
+    for name in ("checkpoint-4", "checkpoint"):
+        (folder / name).mkdir()
+        write(folder / name / "progress.json", "{}")
+        write(folder / name / "config.json", '{"model_type": "qwen2"}')
+    return folder
+
+
+def test_a_model_of_a_run_brings_the_data_the_reward_and_the_defaults_of_that_run(tmp_path, capsys):
+    file = write(tmp_path / "mine.py", "def f(*args):\n    return 1\n")
+    folder, real = saved_run(tmp_path / "mine", *SETTINGS, "--reward", f"{file}:f"), parse("--model", "x/y")
+    names = [flag[2:].removeprefix("no-").replace("-", "_") for flag in SETTINGS if str(flag).startswith("--")]
+    for model, newest in ((folder, "checkpoint"), (f"{folder}/", "checkpoint"), (folder / "checkpoint", "checkpoint"),
+                          (f"{folder}/checkpoint/", "checkpoint"), (folder / "checkpoint-4", "checkpoint-4")):
+        capsys.readouterr()
+        args = parse("--model", model, "--reward", f"{file}:f", "--out", "new")
+        printed = capsys.readouterr().out
+        assert args.model.rstrip("/") == str(folder / newest) and args.reward == f"{file}:f"
+        recorded = json.loads((folder / "config.json").read_text())
+        assert {name: getattr(args, name) for name in names} == {name: recorded[name] for name in names}
+        assert all(recorded[name] != getattr(real, name) for name in names)    # each of them would be another
+        assert printed.count("\n") == 1 and f"is a model of the run {folder}: " in printed
+        assert "--data its.jsonl" in printed and f"--reward {file}:f" in printed
+        args = parse("--model", model, "--reward", "math", "--lr", 1e-6, "--steps", 2, "--data", "b.jsonl",
+                     "--out", "new")
+        assert (args.lr, args.steps, args.data, args.reward, args.batch_size) == (1e-6, 2, "b.jsonl", "math", 6)
+        assert args.eval_data is None and args.instruction.endswith("boxed{}.")     # of that data, for that reward
+        args = parse("--eval-only", "--model", model, "--reward", f"{file}:f", "--out", "new")
+        assert args.eval_data == "its test.jsonl" and args.eval_size > 10 ** 6 and args.instruction == "Be brief."
+    assert default_folder(parse("--model", folder, "--reward", "math")) == "runs/mine-nthr-seed0"
+    tiny = saved_run(tmp_path / "tiny run")
+    args = parse("--model", tiny / "checkpoint", "--out", "new")
+    assert (args.data, args.lr, args.max_new_tokens) == (str(ROOT / "tiny" / "train.jsonl"), 1e-4, 64)
+
+
+def test_an_experiment_on_the_model_of_a_run_takes_its_data_reward_and_instruction(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    sys.path.insert(0, str(ROOT / "experiments"))
+    import common
+    import lld
+
+    folder = saved_run(tmp_path / "mine", *SETTINGS, "--reward", "math")
+    for model in (folder, folder / "checkpoint"):
+        capsys.readouterr()
+        args = common.parse_flags(lld.build_parser(), ["--model", str(model), "--device", "cpu"])
+        assert args.model == str(folder / "checkpoint")
+        assert f"is a model of the run {folder}: " in capsys.readouterr().out
+        assert (args.data, args.reward, args.instruction, args.max_new_tokens, args.max_sequences) == (
+            "its.jsonl", "math", "Be brief.", 33, 9)
+        args = common.parse_flags(lld.build_parser(), ["--model", str(model), "--device", "cpu", "--data", "b.jsonl",
+                                                       "--max-new-tokens", "5", "--instruction", ""])
+        assert (args.data, args.max_new_tokens, args.instruction) == ("b.jsonl", 5, "")
+
+
+def test_a_reward_file_that_only_the_run_of_the_model_names_is_not_run(tmp_path):
+    ran = tmp_path / "ran"
+    file = write(tmp_path / "my reward.py", f"open({str(ran)!r}, 'w')\n\n\ndef f(*args):\n    return 1\n")
+    folder = recorded_run(tmp_path / "stranger", reward=f"{file}:f", method=f"{file}:f")
+    (folder / "checkpoint").mkdir()
+    for model in (folder, folder / "checkpoint"):
+        write(folder / "checkpoint" / "progress.json", "{}")
+        for extra in ([], ["--eval-only"]):
+            message = refusal("--model", model, *extra, "--out", "new")
+            assert f"whose config.json names {file}:f: add --reward {file}:f if you trust it" in message
+        assert parse("--model", model, "--reward", "math", "--out", "new").method == "nthr"
+        assert not ran.exists()
+    parse("--model", folder, "--reward", f"{file}:f", "--out", "new")
+    assert ran.exists()
+
+
+def test_a_folder_with_a_damaged_or_another_config_is_a_plain_model(tmp_path, capsys):
+    """The folder of a Hugging Face model, or of its Trainer, too: their config.json has no --method."""
+    folder, real = saved_run(tmp_path / "mine", "--lr", 3e-3), parse("--model", "x/y", "--out", "new")
+    capsys.readouterr()
+    for content in ("{", "[1]", "5", "null", b"\xff{}", '{"model_type": "qwen2", "lr": 0.003}', None):
+        (folder / "config.json").unlink() if content is None else write(folder / "config.json", content)
+        for model in (folder / "checkpoint", folder):
+            args = parse("--model", model, "--out", "new")
+            assert (args.data, args.lr, args.model) == ("math", real.lr, str(model)), (content, model)
+    assert capsys.readouterr().out == ""

@@ -346,7 +346,7 @@ def test_bad_flags_end_with_one_line(tmp_path):
         (["--group-size", "1"], "--group-size must be at least 2"),
         (["--eta", "2"], "--eta 2, --beta 1.0: eta must be one of"), (["--beta", "nan"], "beta must be"),
         (["--temperature", "0"], "--temperature must be"), (["--micro-batch-size", "0"], "--micro-batch-size must be"),
-        (["--model", "/none"], "there is no folder /none here"), (["--data", "none.jsonl"], "cannot read the data file"),
+        (["--model", "/none"], "there is no folder /none"), (["--data", "none.jsonl"], "cannot read the data file"),
         (["--reward", "x.txt:f"], "--reward must be"), (["--device", "none"], "--device none cannot be used"),
         (["--out", ROOT / "README.md"], "cannot be used as a folder")])
 
