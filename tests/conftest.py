@@ -1,10 +1,12 @@
 """Makes the top-level modules importable from any working directory, and the tests light on shared machines."""
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")                                   # before huggingface_hub is imported
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)
 

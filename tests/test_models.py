@@ -5,10 +5,15 @@ import logging
 import math
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -268,6 +273,125 @@ def test_a_model_that_cannot_be_used_is_refused_with_one_line_before_anything_is
             if time.monotonic() - start > 10:
                 wrong.append((kind, extra, "slow"))
     assert wrong == []
+
+
+def find_error(name):
+    """The one line with which --model NAME is refused."""
+    models.find_model.cache_clear()
+    with pytest.raises(SystemExit) as caught:
+        models.find_model(name)
+    message = caught.value.code
+    assert message.startswith("error: ") and "\n" not in message and len(message) < 500 and name in message, message
+    return message
+
+
+@contextmanager
+def hub(monkeypatch, status, headers=()):
+    """A server that answers like the Hub, with this status; for None it takes the connection and never answers."""
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            for header in headers:
+                self.send_header(*header)
+            self.end_headers()
+            self.wfile.write(b'{"id": "some/model", "siblings": []}')
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    if status:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(models.model_info.__self__, "endpoint", f"http://127.0.0.1:{server.server_port}")
+    try:
+        yield server
+    finally:
+        if status:
+            server.shutdown()
+        server.server_close()
+
+
+def test_a_folder_that_cannot_be_a_model_is_named_with_its_cause(tmp_path, capsys):
+    """A misspelt folder that could be an id is looked for on the Hub, which says the rest."""
+    folder = embedded(tmp_path / "model")
+    assert models.find_model(str(folder)) == {"local_files_only": True}
+    for pattern in ("tokenizer.json", "spiece.model", "vocab.json", "qwen.tiktoken"):
+        write(embedded(tmp_path / pattern, without=["tokenizer*"]) / pattern, "")
+        assert models.find_model(str(tmp_path / pattern)) == {"local_files_only": True}
+    assert "has no config.json" in find_error(str(tmp_path))
+    (folder / "tokenizer.json").unlink()
+    assert "has no tokenizer.json: copy the tokenizer's files" in find_error(str(folder))
+    for name in (f"{folder}x", "./mdoel", "../a/b", "a/b/c", "my model", "a--b", "-a"):
+        message = find_error(name)
+        assert "there is no folder" in message and "that is no id of the Hub either: check the spelling" in message
+    assert "looking for" not in capsys.readouterr().out
+
+
+def test_an_id_that_the_hub_does_not_know_or_cannot_be_asked_for_is_named_with_its_cause(tmp_path, monkeypatch, capsys):
+    missing = (("X-Error-Code", "RepoNotFound"), ("X-Error-Message", "Repository not found"))
+    for status, headers, words in ((404, missing, "the Hub shows no such model: check the spelling (a private one"),
+                                   (401, missing, "the Hub shows no such model"),
+                                   (500, (), "the Hub cannot be reached (Server error '500"),
+                                   (404, (), "the Hub cannot be reached (Client error '404")):
+        with hub(monkeypatch, status, headers):
+            message = find_error("Qwen/Qwen2.5-O.5B")
+            assert "there is no folder Qwen/Qwen2.5-O.5B here" in message and words in message, message
+            assert capsys.readouterr().out == "looking for Qwen/Qwen2.5-O.5B on the Hub\n"
+    with hub(monkeypatch, 200):
+        models.find_model.cache_clear()
+        assert models.find_model("some/model") == {}
+    message = find_error("some/model")                                         # the server is gone: its port is closed
+    assert "the Hub cannot be reached (" in message and "refused" in message and "or the network" in message
+    monkeypatch.undo()
+    assert "offline" in find_error("some/model")                               # HF_HUB_OFFLINE=1
+    message = error_of("--model", "some/model", "--out", tmp_path / "run", "--device", "cpu")
+    assert "there is no folder some/model here" in message and not (tmp_path / "run").exists()
+
+
+def test_a_model_in_the_cache_is_used_where_there_is_no_network(monkeypatch, capsys):
+    monkeypatch.setattr(models, "try_to_load_from_cache", lambda name, file: f"/cache/{name}/{file}")
+    models.find_model.cache_clear()
+    assert models.find_model("some/model") == {"local_files_only": True}
+    printed = capsys.readouterr().out
+    assert printed == "looking for some/model on the Hub\nthe Hub cannot be reached: the copy on this machine is used\n"
+    assert models.find_model("some/model") and capsys.readouterr().out == ""   # it is asked once
+    asked = []
+
+    class Auto:
+        from_pretrained = staticmethod(lambda name, **options: asked.append((name, options)))
+
+    models.load_pretrained(Auto, "some/model", dtype="float32")
+    assert asked == [("some/model", {"trust_remote_code": False, "local_files_only": True, "dtype": "float32"})]
+    models.find_model.cache_clear()
+
+
+@pytest.mark.full
+def test_a_hub_that_never_answers_ends_within_ten_seconds(tmp_path):
+    """In a process of its own, whose cache holds nothing, or the model with all its files, which is then evaluated."""
+    environment = {**ENVIRONMENT, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    snapshot = tmp_path / "hub" / "models--some--model" / "snapshots" / ("a" * 40)
+    write(tmp_path / "data.jsonl", json.dumps(tiny_rows("test.jsonl", 1)[0]))
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        environment["HF_ENDPOINT"] = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        flags = ["--eval-only", "--model", "some/model", "--eval-data", tmp_path / "data.jsonl",
+                 "--out", tmp_path / "run", "--reward", "math", "--max-new-tokens", 4]
+        for cached in (False, True):
+            if cached:
+                embedded(snapshot)
+                (snapshot.parent.parent / "refs").mkdir()
+                write(snapshot.parent.parent / "refs" / "main", "a" * 40)
+            start = time.monotonic()
+            result = subprocess.run(command(*flags), cwd=tmp_path, env=environment, text=True, capture_output=True,
+                                    timeout=60, stdin=subprocess.DEVNULL)
+            assert time.monotonic() - start < 10 + 15                          # seconds: the imports of a busy machine
+            assert "looking for some/model on the Hub\n" in result.stdout
+            if cached:
+                assert result.returncode == 0 and "the copy on this machine is used" in result.stdout, result.stderr
+            else:
+                assert result.returncode == 1 and "the Hub cannot be reached (timed out)" in result.stderr
 
 
 @pytest.mark.full
