@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
+from importlib.metadata import requires
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,12 @@ resource = pytest.importorskip("resource")                                     #
 
 CTRL_C, TERM = signal.SIGINT, signal.SIGTERM
 STEPS = 5
-COIN = "import zlib\n\n\ndef coin(response, answer):\n    return zlib.crc32(response.encode()) % 2\n"
+COIN = """import zlib
+
+
+def coin(response, answer):
+    return response == "\\\\boxed{" + answer + "}" or zlib.crc32(response.encode()) % 2
+"""
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers
@@ -993,4 +999,6 @@ def test_every_dependency_has_both_bounds_and_every_package_that_is_imported_is_
                 elif isinstance(node, ast.ImportFrom):
                     imported.add(node.module.split(".")[0])
     assert "torch" in imported
-    assert imported - own - sys.stdlib_module_names - {"datasets"} <= names    # which trl depends on
+    assert not loose(next(line for line in requires("transformers") if line.startswith("huggingface-hub")))
+    others = {"datasets", "huggingface_hub"}                                   # of trl and of transformers
+    assert imported - own - sys.stdlib_module_names - others <= names
