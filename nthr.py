@@ -60,8 +60,10 @@ def _binary(name, values, shape, device):
 
 def _check_group(hidden, tokens, mask, correct, lm_head):
     """mask and correct as bool, after a ValueError that names the first argument found wrong."""
-    if not torch.is_tensor(lm_head):
-        raise ValueError(f"lm_head must be a tensor (V, d), got {type(lm_head).__name__}: pass lm_head.weight")
+    for name, value in (("hidden", hidden), ("tokens", tokens), ("lm_head", lm_head)):
+        if not torch.is_tensor(value):
+            weight = ": pass lm_head.weight" if isinstance(value, torch.nn.Module) else ""
+            raise ValueError(f"{name} must be a tensor, got {type(value).__name__}{weight}")
     if tokens.dim() != 2 or lm_head.dim() != 2 or hidden.shape != (*tokens.shape, lm_head.shape[1]):
         raise ValueError(f"hidden must be (G, T, d), tokens (G, T) and lm_head (V, d), got {tuple(hidden.shape)}, "
                          f"{tuple(tokens.shape)} and {tuple(lm_head.shape)}")
@@ -119,9 +121,10 @@ def nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs=None, vocabular
     if vocabulary not in ("all", "responses") or not temperature > 0 or chunk_size < 1:
         raise ValueError(f'vocabulary must be "all" or "responses", temperature > 0 and chunk_size >= 1, got '
                          f"{vocabulary!r}, {temperature} and {chunk_size}")
-    if logprobs is not None and not (logprobs.shape == mask.shape and logprobs[mask].isfinite().all()):
-        raise ValueError(f"logprobs must be finite on valid tokens and have shape {tuple(mask.shape)}, got shape "
-                         f"{tuple(logprobs.shape)}")
+    if logprobs is not None and not (torch.is_tensor(logprobs) and logprobs.shape == mask.shape
+                                     and logprobs[mask].isfinite().all()):
+        raise ValueError(f"logprobs must be a tensor {tuple(mask.shape)}, finite on valid tokens, got "
+                         f"{tuple(getattr(logprobs, 'shape', ())) or type(logprobs).__name__}")
     h, y = hidden[mask], tokens[mask].long()                                   # (N, d), (N,)
     chunks = [slice(i, i + chunk_size) for i in range(0, max(1, len(y)), chunk_size)]
     positive = correct[:, None].expand_as(mask)[mask].nonzero()[:, 0]          # which of the N tokens are in a y⁺_i
@@ -201,6 +204,7 @@ def nthr_advantages(advantages, hidden, tokens, mask, correct, lm_head, *, logpr
     nothing is modified in place. Groups with p = 0 or 1 come back unchanged. ValueError as in those functions."""
     mask, correct = _check_group(hidden, tokens, mask, correct, lm_head)
     G, T = mask.shape
+    advantages = torch.as_tensor(advantages, device=mask.device)
     if advantages.shape not in ((G, T), (G,), (G, 1)):
         raise ValueError(f"advantages must have shape {(G, T)}, {(G,)} or {(G, 1)}, got {tuple(advantages.shape)}")
     advantages = (advantages[:, None] if advantages.dim() == 1 else advantages).expand(G, T).clone()

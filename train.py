@@ -3,7 +3,7 @@
 python train.py                                     # embedded model, CPU, 2 minutes: greedy accuracy 54% -> 75%
 python train.py --method grpo                       # the same without NTHR: an A/B with one flag
 python train.py --model tiny/stack                  # a second embedded model: stack-machine programs
-python train.py --model Qwen/Qwen2.5-0.5B           # App. 7.3's 0.5B settings on MATH levels 3-5, one GPU
+python train.py --model Qwen/Qwen2.5-0.5B-Instruct  # App. 7.3's 0.5B settings on MATH levels 3-5, one GPU
 python train.py --model my/folder --data my.jsonl   # any Hugging Face causal LM, any {"problem", "answer"} file
 python train.py --resume runs/tiny-nthr-seed0       # continue a run that was stopped
 python train.py --eval-only --model my/folder       # greedy accuracy on the five benchmarks of Table 2, no training
@@ -51,7 +51,7 @@ class Run:
     prompts: list                  # their token ids
     eval_problems: list
     eval_prompts: list
-    sampled: tuple = ()            # a group of the last step, for samples.jsonl
+    sampled: dict = None           # a group of the last step, for samples.jsonl
 
 
 def sample_groups(run, args, step):
@@ -79,8 +79,7 @@ def sample_groups(run, args, step):
     success_rate, finished = (np.mean([row[name] for row in answers]).item() for name in ("reward", "finished"))
     metrics = {"questions": len(answers) // args.group_size, "groups_kept": len(correct), "success_rate": success_rate,
                "response_length": np.mean(lengths).item(), "tokens": sum(lengths), "truncated_share": 1 - finished}
-    groups = (concatenate(kept), torch.stack(correct).to(args.device)) if kept else (None, None)
-    return *groups, answers, metrics
+    return *((concatenate(kept), torch.stack(correct).to(args.device)) if kept else (None, None)), answers, metrics
 
 
 def credit_rule(args, generator, selections):
@@ -219,7 +218,7 @@ def train_step(run, args, step):
         if args.delta_every and step % args.delta_every == 0:
             with timer("likelihood_change"):                                   # Eq. 2
                 metrics |= step_likelihood_change(run.model, rollout, correct, old, args)
-    run.sampled = (sampled_group(answers, args.group_size, rollout, changes, run.tokenizer, args.instruction),)
+    run.sampled = sampled_group(answers, args.group_size, rollout, changes, run.tokenizer, args.instruction)
     run.progress.unmixed = 0 if rollout else run.progress.unmixed + 1
     warn_if_unmixed(run.progress.unmixed, step == args.steps and not run.optimizer.state, answers, args.reward,
                     args.max_new_tokens)
@@ -231,9 +230,10 @@ def evaluate(run, args, step):
     """Greedy accuracy: printed, and returned as metrics. samples.jsonl gets five answers and one sampled group."""
     answers = greedy_answers(run.model, run.tokenizer, run.eval_problems, run.eval_prompts, load_reward(args.reward),
                              args.max_new_tokens, args.max_sequences, args.dtype)
-    append_rows(Path(args.out) / "samples.jsonl", [{"step": step, **row} for row in (*answers[:5], *run.sampled)])
+    append_rows(Path(args.out) / "samples.jsonl", [{"step": step, **row} for row in (*answers[:5], run.sampled) if row])
     tqdm.write(accuracy_line(step, answers))
-    warn_if_none_is_right(answers, args.reward, args.max_new_tokens)
+    if not step:                                                               # later, the sampled groups tell
+        warn_if_none_is_right(answers, args.reward, args.max_new_tokens)
     return accuracy_metrics(answers)
 
 

@@ -3,6 +3,7 @@ import json
 import math
 import runpy
 import sys
+import traceback
 from contextlib import suppress
 from functools import lru_cache
 from http.client import HTTPException
@@ -98,10 +99,10 @@ def read_problem(row):
     Fields: those of README.md, MATH, Minerva, OlympiadBench (final_answer), MAWPS (input, target), SVAMP and ASDiv
     (body and question). ASDiv writes a unit in brackets after the number: "9 (apples)"."""
     row = {name.lower(): value for name, value in row.items()} | row
-    problem = next((row[name] for name in ("problem", "question", "input")
-                    if isinstance(row.get(name), str) and row[name].strip()), "")
+    names = ["problem", "question"] + ["input"] * ("target" in row)            # elsewhere it is no whole problem
+    problem = next((row[name] for name in names if isinstance(row.get(name), str) and row[name].strip()), "")
     answer = next(filter(None, (answer_text(row.get(name)) for name in ("answer", "final_answer", "target"))), None)
-    if problem and isinstance(row.get("body"), str):
+    if problem and isinstance(row.get("body"), str) and row["body"].strip():
         body, number = row["body"].strip(), (answer or "").partition(" (")[0]
         problem = f"{body}{'' if body.endswith(('.', '?', '!')) else '.'} {problem.strip()}"
         with suppress(ValueError):                                             # "Yes (to both)"
@@ -125,9 +126,10 @@ def load_problems(source, named=TRAINING_SETS):
         problem, answer = read_problem(row)
         if not problem or not answer:
             missing = "text in `problem` or `question`" if not problem else (
-                "an `answer`, a `final_answer`, or a `solution` with a \\boxed answer")
-            fail(f"{path}, {place}: expected {missing}, got the fields {', '.join(row)[:200] or 'none'}: rename them "
-                 f"(README.md, Your own task)")
+                "text or a number in `answer` or `final_answer`, or a `solution` with a \\boxed answer")
+            found = ", ".join(f"{name}: {str(value)[:40]}" for name, value in row.items())
+            fail(f"{path}, {place}: expected {missing}, got {found[:300] or 'nothing'} (README.md, Your own task, shows "
+                 f"how to convert a file)")
         if source != "math" or row.get("level") in ("Level 3", "Level 4", "Level 5"):
             problems.append({"problem": problem, "answer": answer})
             long += [place] if len(answer) > LONGEST_GOLD or "\n" in answer else []
@@ -195,19 +197,22 @@ def encode_prompts(problems, tokenizer, config, max_new_tokens, instruction=INST
         fail(f"the tokenizer of {tokenizer.name_or_path} makes no tokens of a problem: are its files complete?")
     if len(longest) + max_new_tokens > limit:
         problem = problems[prompts.index(longest)]["problem"]
+        long = sum(len(prompt) + max_new_tokens > limit for prompt in prompts)
         fail(f"the prompt of problem {problem[:60]!r} takes {len(longest)} tokens; with --max-new-tokens "
-             f"{max_new_tokens} that exceeds the model's context of {limit}: lower it or leave the problem out")
+             f"{max_new_tokens} that exceeds the model's context of {limit}: lower --max-new-tokens, or leave out the "
+             f"{long} of {len(prompts)} problems that are too long")
     return prompts
 
 
 @lru_cache
 def run_file(file):
     """The names that a Python file of the user's defines. It can import what lies beside it."""
-    sys.path.insert(0, str(Path(file).resolve().parent))
+    folder = str(Path(file).resolve().parent)
+    sys.path.insert(0, folder)
     try:
         return runpy.run_path(file)
     finally:
-        sys.path.pop(0)
+        sys.path.remove(folder)
 
 
 def load_function(flag, source):
@@ -233,35 +238,41 @@ def load_reward(source):
     function = load_function("--reward", source)
 
     def reward(response, answer):
-        value = function(response, answer)
+        case = f"for the response {shorten(response)} to the answer {shorten(answer)}"
+        try:
+            value = function(response, answer)
+        except (Exception, SystemExit) as error:                               # whatever the function raises
+            lines = [f" in {file}, line {line}," for file, line, *_ in traceback.extract_tb(error.__traceback__)[1:]]
+            fail(f"{source} raised {type(error).__name__}: {error}{''.join(lines[-1:])} {case}; expected a function "
+                 f"(response, answer) -> 1 or 0")
         number = None
         with suppress(TypeError, ValueError, RuntimeError):                    # .item() of several numbers
             number = value.item() if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) else value
         if not isinstance(number, (bool, int, float)) or number not in (0, 1):
-            fail(f"{source} returned {str(value)[:60]} for the response {shorten(response)} to the answer "
-                 f"{shorten(answer)}, expected 1 or 0")
+            fail(f"{source} returned {str(value)[:60]} {case}, expected 1 or 0")
         return float(number)
 
     return reward
 
 
 def check_reward(source, answer):
-    r"""Call the reward once, with \boxed{answer} as response: exits or warns if it then finds no right answer."""
+    r"""Call the reward with \boxed{answer} as response, before a model is loaded. Exits where it is called wrongly,
+    warns where it finds no right answer."""
     reward, boxed = load_reward(source), f"\\boxed{{{answer}}}"
-    call = f"{source}(response={shorten(boxed)}, answer={shorten(answer)})"
-    try:
-        right = reward(boxed, answer)
-    except Exception as error:                                                 # whatever the function raises
-        fail(f"the call {call} raised {type(error).__name__}: {error}; expected a function (response, answer) -> 1 or 0")
-    if not right:
-        with suppress(Exception, SystemExit):
-            right = reward(answer, boxed)
-        if right:
-            fail(f"{call} is 0 and with its arguments swapped 1: expected a function (response, answer) -> 1 or 0")
-        if not reward(answer, answer):                                         # a reward that reads no box
-            warn(f"the call {call} returned 0, and so did the answer without the box: which response is right?")
+    if not reward(boxed, answer):
+        swapped = right = False
+        with suppress(SystemExit):                                             # a line about a call that is no user's
+            swapped = reward(answer, boxed)
+        if swapped:
+            fail(f"{source} finds {shorten(boxed)} right only with its arguments swapped: expected a function "
+                 f"(response, answer) -> 1 or 0")
+        with suppress(SystemExit):
+            right = reward(answer, answer)
+        if not right:                                                          # a reward that reads no box
+            warn(f"the reward {source} calls neither {shorten(boxed)} nor {shorten(answer)} right where "
+                 f"{shorten(answer)} is the answer: check that it can return 1")
 
 
 def shorten(text):
-    """The end of a text, where an answer stands, as a string literal."""
-    return repr(text if len(text) <= 60 else f"... {text[-56:]}")
+    """The end of a text, where an answer stands, in quotes."""
+    return f'"{text if len(text) <= 80 else f"... {text[-76:]}"}"'

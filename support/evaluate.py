@@ -1,7 +1,7 @@
 """Answers of a model and what they say: accuracy by benchmark as in Table 2, one sampled group, why none is right."""
 from reward import extract_answer
 from rollout import generate
-from support.data import encode_prompt
+from support.data import encode_prompt, shorten
 from support.errors import memory_for, printable, warn
 from support.models import precision
 
@@ -70,17 +70,17 @@ def likely_cause(answers, reward, max_new_tokens):
     unboxed = sum(row["finished"] and not extract_answer(row["response"]) for row in wrong) if reward == "math" else 0
     counted = (f"of {len(answers)} answers, {len(answers) - len(wrong)} are right, {cut_off} cut off"
                f"{f', {unboxed} finished without a box' if reward == 'math' else ''}: ")
+    row = next((row for row in wrong if row["finished"]), answers[0])
+    example = f"one is {shorten(row['response'])}, and the answer is {shorten(row['answer'])}"
     if not wrong:
-        return counted + "the questions are too easy for this model, choose other --data"
+        return counted + f"the questions are too easy for this model, or --reward calls everything right; {example}"
     if len(wrong) < len(answers):
         return counted + "raise --group-size, --batch-size or --sampling-rounds"
     if 2 * cut_off >= len(wrong):
         return counted + f"raise --max-new-tokens {max_new_tokens}"
     if 2 * unboxed >= len(wrong):
         return counted + r"the reward reads the last \boxed{}, so check the prompt, --instruction and --model"
-    row = next(row for row in wrong if row["finished"])
-    return counted + (f"check --reward and --data, or the questions are too hard; one ends {row['response'][-80:]!r} "
-                      f"where {row['answer'][:80]!r} is right")
+    return counted + f"the questions are too hard, or --reward and --data do not fit; {example}"
 
 
 def warn_if_none_is_right(answers, reward, max_new_tokens):
@@ -89,11 +89,11 @@ def warn_if_none_is_right(answers, reward, max_new_tokens):
         warn(f"no answer is right: {likely_cause(answers, reward, max_new_tokens)}")
 
 
-def warn_if_unmixed(steps, is_last, answers, reward, max_new_tokens):
-    """The likely cause, after 3, 13, 23, ... steps in a row in which no group was mixed, and if `is_last`.
+def warn_if_unmixed(steps, learned_nothing, answers, reward, max_new_tokens):
+    """The likely cause, after 3, 13, 23, ... steps in a row in which no group was mixed.
 
-    answers: those of the newest of these steps; is_last: of a run that made no update."""
-    if steps % 10 == 3 or (steps and is_last):
+    answers: those of the newest of these steps. learned_nothing: the run ends without any update, which is said too."""
+    if steps % 10 == 3 or (steps and learned_nothing):
         warn(f"no question had both right and wrong answers in {steps} steps; in the last one, "
              f"{likely_cause(answers, reward, max_new_tokens)}")
 

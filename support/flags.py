@@ -4,13 +4,14 @@ import json
 import math
 import shlex
 import sys
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
 import torch
 
 from nthr import nthr_eta
-from support.checkpoint import checkpoints
+from support.checkpoint import checkpoints, read_progress
 from support.data import BENCHMARKS, EMBEDDED, INSTRUCTION, TABLE_2, TINY, load_function, load_reward
 from support.errors import fail, printable
 from support.models import choose_device
@@ -23,6 +24,7 @@ DEFAULTS = {   # flag: (embedded model, real model = the paper's 0.5B settings, 
     "minibatch_size": (32, 16), "micro_batch_tokens": (2048, 16384), "lr": (1e-4, 5e-7),
     "max_new_tokens": (64, 2500), "kl_coef": (0.0, 1e-4), "max_sequences": (1024, 128), "eval_every": (50, 20),
     "save_every": (25, 5), "delta_every": (1, 10), "gradient_checkpointing": (False, True)}
+NOT_INHERITED = ("model", "method", "seed", "out", "device", "dtype", "eval_only")    # by a run that starts from another
 MAY_CHANGE_ON_RESUME = ("steps", "eval_every", "save_every", "keep_checkpoints", "device", "out", "micro_batch_tokens",
                         "micro_batch_size", "max_sequences", "gradient_checkpointing")
 
@@ -51,20 +53,20 @@ def read_flags(out):
 def model_defaults(model, reward=None):
     """{flag: default} for this --model; reward: the --reward that was given.
 
-    An embedded model brings its data and reward. The model of a run brings what its config.json records; a line says
-    so. A --reward file that only config.json names is not run."""
+    An embedded model brings its data and reward. The model of a run brings what its config.json records, without
+    NOT_INHERITED; a line says so. A --reward file that only config.json names is not run."""
     folder, run = Path(model).resolve(), run_folder(model)
     values = {name: pair[folder not in EMBEDDED] for name, pair in DEFAULTS.items()} | {"eval_data": None}
     if folder in EMBEDDED:
         values |= {"data": str(folder / "train.jsonl"), "eval_data": str(folder / "test.jsonl"),
                    "reward": EMBEDDED[folder]}
     if run:
-        values |= {name: value for name, value in read_flags(run).items() if name in (*DEFAULTS, "instruction")}
+        values |= {name: value for name, value in read_flags(run).items() if name not in NOT_INHERITED}
         if not reward and is_user_code(values["reward"]):
             fail(f"{model} is a model of the run {run}, whose config.json names {values['reward']}: add --reward "
                  f"{values['reward']} if you trust it")
-        print(printable(f"{model} is a model of the run {run}: the defaults that depend on the model are that run's, "
-                        f"such as --data {values['data']} and --reward {values['reward']}"))
+        print(printable(f"{model} is a model of the run {run}: its flags, without --method and --seed, are the defaults "
+                        f"(--data {values['data']} --reward {values['reward']} --lr {values['lr']} ...)"))
     if "instruction" not in values or reward not in (None, values["reward"]):
         values["instruction"] = INSTRUCTION if (reward or values["reward"]) == "math" else ""      # it reads the box
     return values
@@ -143,8 +145,8 @@ def parse_args(description, argv=None):
     args = parser.parse_args(argv)
     if not args.resume:
         parser.set_defaults(**model_defaults(args.model, args.reward))
-    if args.batch_size and not args.resume:
-        parser.set_defaults(minibatch_size=min(parser.get_default("minibatch_size"), args.batch_size))
+    if args.batch_size and isinstance(size := parser.get_default("minibatch_size"), int):          # no --resume
+        parser.set_defaults(minibatch_size=min(size, args.batch_size))
     if args.data:
         parser.set_defaults(eval_data=None)                                    # evaluate on the same kind of problems
     if args.eval_only:
@@ -152,6 +154,8 @@ def parse_args(description, argv=None):
             fail("--eval-only evaluates a model, not a run: pass --model FOLDER/checkpoint instead of --resume FOLDER")
         if args.data and not args.eval_data:
             fail(f"--eval-only does not read --data: pass --eval-data {args.data}")
+        if not args.eval_data and not parser.get_default("eval_data") and parser.get_default("data") != "math":
+            fail(f"the run of {args.model} was evaluated on a part of {parser.get_default('data')}: pass --eval-data")
         parser.set_defaults(eval_data=parser.get_default("eval_data") or ",".join(TABLE_2), eval_size=sys.maxsize)
     out = (args.resume if isinstance(args.resume, str) else args.out) or default_folder(args)
     recorded = recorded_flags(out, args, parser) if args.resume else {}
@@ -184,8 +188,14 @@ def fail_as_occupied(args):
                  for name in sorted(flags.keys() & recorded.keys() - set(MAY_CHANGE_ON_RESUME))
                  if str(flags[name]) != str(recorded[name])]
     kind = f" with {', '.join(differing)}" if differing else ""
-    same = recorded.keys() >= flags.keys() and not differing                   # else --resume would refuse, too
-    resume = f"continue it with {resume_command(args)}, or " if same else ""
+    resume = ""
+    if recorded.keys() >= flags.keys() and not differing:                      # else --resume would refuse
+        done = 0
+        with suppress(OSError, ValueError, TypeError, IndexError):             # no checkpoint yet, or a damaged one
+            done = read_progress(checkpoints(args.out)[0]).step
+        steps = args.steps if args.steps > done else done + args.steps         # a finished run needs more of them
+        more = f" --steps {steps}" if steps != recorded["steps"] else ""
+        resume = f"continue it with {resume_command(args)}{more}, or "
     fail(f"{args.out} already holds a run{kind}: {resume}choose another folder, such as --out {free_folder(args.out)}")
 
 
@@ -252,7 +262,9 @@ def check_flags(args):
             if not isinstance(value, (int, float)) or not valid(value):        # a config.json may hold any type
                 fail(f"--{name.replace('_', '-')} must be {expected}, got {value}")
     if args.batch_size % args.minibatch_size:
-        fail(f"--batch-size {args.batch_size} must be a multiple of --minibatch-size {args.minibatch_size}")
+        best = max(size for size in range(1, args.minibatch_size + 1) if args.batch_size % size == 0)
+        fail(f"--batch-size {args.batch_size} must be a multiple of --minibatch-size {args.minibatch_size}: try "
+             f"--minibatch-size {best}")
     args.device = choose_device(args.device)
     if args.device.startswith("cuda:"):
         torch.cuda.set_device(args.device)                                     # what memory and time are measured on

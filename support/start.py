@@ -41,7 +41,7 @@ def announce_run(args, tokenizer, problems, prompts, eval_problems, eval_prompts
     print(printable(f"its gold answer: {(problems or eval_problems)[first]['answer']}"))
     print(printable(f"kept in {args.out}: {kept}"), flush=True)
     if len(eval_problems) < FEW_PROBLEMS:
-        warn(f"only {len(eval_problems)} evaluation problems: each is worth {100 / len(eval_problems):.0f} points of "
+        warn(f"few evaluation problems ({len(eval_problems)}): each is worth {100 / len(eval_problems):.0f} points of "
              f"accuracy")
     repeated = len(problems) - len({row["problem"] for row in problems})
     if repeated:

@@ -362,11 +362,16 @@ def test_what_differs_from_the_run_in_the_folder_is_named_and_resume_is_advised_
             assert "--resume" not in message and "leave the flag out" in refusal(*resumed), message
         else:
             advised = shlex.split(re.search(r"python train\.py (.*), or choose", message)[1])
-            assert flags.parse_args("", advised).out == str(folder) and flags.parse_args("", resumed)
+            args = flags.parse_args("", advised)
+            assert args.out == str(folder) and args.steps == flags.parse_args("", resumed).steps
     older = json.loads((folder / "config.json").read_text())
     del older["instruction"]                                                   # of a run before that flag
     write(folder / "config.json", json.dumps(older))
     assert "--resume" not in refusal(*usual, "--out", folder) and "lacks" in refusal("--resume", folder)
+    folder = recorded_run(tmp_path / "finished", *usual)                       # more steps are left to advise
+    (folder / "checkpoint").mkdir()
+    write(folder / "checkpoint" / "progress.json", '{"step": 150}')
+    assert "--steps 300, or choose" in refusal(*usual, "--out", folder)
 
 
 # -------------------------------------------------------------------------------------------- 6. a model of a run
@@ -395,7 +400,8 @@ def test_a_default_mini_batch_is_at_most_the_batch_and_an_explicit_one_must_divi
 
 
 SETTINGS = ["--data", "its.jsonl", "--eval-data", "its test.jsonl", "--eval-size", 7, "--instruction", "Be brief.",
-            "--lr", 3e-3, "--max-new-tokens", 33, "--steps", 12, "--batch-size", 6, "--kl-coef", 0.25,
+            "--lr", 3e-3, "--group-size", 5, "--temperature", 0.7, "--max-new-tokens", 33, "--steps", 12,
+            "--batch-size", 6, "--kl-coef", 0.25,
             "--max-sequences", 9, "--micro-batch-tokens", 77, "--eval-every", 4, "--save-every", 3, "--delta-every", 2,
             "--no-gradient-checkpointing"]
 
@@ -454,6 +460,14 @@ def test_an_experiment_on_the_model_of_a_run_takes_its_data_reward_and_instructi
         args = common.parse_flags(lld.build_parser(), ["--model", str(model), "--device", "cpu", "--data", "b.jsonl",
                                                        "--max-new-tokens", "5", "--instruction", ""])
         assert (args.data, args.max_new_tokens, args.instruction) == ("b.jsonl", 5, "")
+
+
+def test_an_evaluation_of_a_run_that_held_problems_out_asks_for_others(tmp_path):
+    folder = saved_run(tmp_path / "run", "--data", "mine.jsonl")
+    assert "on a part of mine.jsonl: pass --eval-data" in refusal("--eval-only", "--model", folder)
+    assert parse("--eval-only", "--model", folder, "--eval-data", "b.jsonl").eval_data == "b.jsonl"
+    folder = saved_run(tmp_path / "math", "--model", "x/y")
+    assert parse("--eval-only", "--model", folder).eval_data == ",".join(flags.TABLE_2)
 
 
 def test_a_reward_file_that_only_the_run_of_the_model_names_is_not_run(tmp_path):

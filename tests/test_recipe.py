@@ -128,12 +128,15 @@ def test_its_assertions_fire_on_the_mistakes_that_are_silent_without_them(nthr_c
                                  ("an earlier state", lambda states: [states[-1].roll(1, 1)]),
                                  ("hidden_states[-2]", lambda states: states[:-1])):
                 with case((side, name)):
-                    with pytest.raises(AssertionError, match="hidden, W, logprobs or temperature"):
+                    with pytest.raises(AssertionError, match="check hidden, temperature, logprobs"):
                         nthr_credit(with_states(model, change), **batch)
             for temperature in (0.6, 0.9, 1.5):
                 with case((side, f"temperature {temperature}")):
-                    with pytest.raises(AssertionError, match="hidden, W, logprobs or temperature"):
+                    with pytest.raises(AssertionError, match="check hidden, temperature, logprobs"):
                         nthr_credit(model, **batch | {"temperature": temperature})
+            with case((side, "padding in the mask")):
+                with pytest.raises(AssertionError, match="loss_mask holds padding"):
+                    nthr_credit(model, **batch | {"loss_mask": torch.ones_like(batch["loss_mask"])})
             for name, question in (("two questions", QUESTION * 0), ("half a group", torch.arange(8) // 2)):
                 with case((side, name)):
                     with pytest.raises(AssertionError, match="all G responses to one question"):
