@@ -238,18 +238,12 @@ def load_reward(source):
     function = load_function("--reward", source)
 
     def reward(response, answer):
-        case = f"for the response {shorten(response)} to the answer {shorten(answer)}"
-        try:
-            value = function(response, answer)
-        except (Exception, SystemExit) as error:                               # whatever the function raises
-            lines = [f" in {file}, line {line}," for file, line, *_ in traceback.extract_tb(error.__traceback__)[1:]]
-            fail(f"{source} raised {type(error).__name__}: {error}{''.join(lines[-1:])} {case}; expected a function "
-                 f"(response, answer) -> 1 or 0")
-        number = None
+        value, number = function(response, answer), None
         with suppress(TypeError, ValueError, RuntimeError):                    # .item() of several numbers
             number = value.item() if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) else value
         if not isinstance(number, (bool, int, float)) or number not in (0, 1):
-            fail(f"{source} returned {str(value)[:60]} {case}, expected 1 or 0")
+            fail(f"{source} returned {str(value)[:60]} for the response {shorten(response)} to the answer "
+                 f"{shorten(answer)}, expected 1 or 0")
         return float(number)
 
     return reward
@@ -259,16 +253,22 @@ def check_reward(source, answer):
     r"""Call the reward with \boxed{answer} as response, before a model is loaded. Exits where it is called wrongly,
     warns where it finds no right answer."""
     reward, boxed = load_reward(source), f"\\boxed{{{answer}}}"
-    if not reward(boxed, answer):
-        swapped = right = False
-        with suppress(SystemExit):                                             # a line about a call that is no user's
+    expected = "expected a function (response, answer) -> 1 or 0"
+    try:
+        right = reward(boxed, answer)
+    except Exception as error:                                                 # whatever the function raises
+        lines = [f" in {file}, line {line}," for file, line, *_ in traceback.extract_tb(error.__traceback__)[2:]]
+        fail(f"{source} raised {type(error).__name__}: {error}{''.join(lines[-1:])} for the response {shorten(boxed)} to "
+             f"the answer {shorten(answer)}; {expected}")
+    if not right:
+        swapped = False
+        with suppress(Exception, SystemExit):                                  # no user makes this call
             swapped = reward(answer, boxed)
         if swapped:
-            fail(f"{source} finds {shorten(boxed)} right only with its arguments swapped: expected a function "
-                 f"(response, answer) -> 1 or 0")
-        with suppress(SystemExit):
+            fail(f"{source} finds {shorten(boxed)} right only with its arguments swapped: {expected}")
+        with suppress(Exception, SystemExit):                                  # a reward that reads no box
             right = reward(answer, answer)
-        if not right:                                                          # a reward that reads no box
+        if not right:
             warn(f"the reward {source} calls neither {shorten(boxed)} nor {shorten(answer)} right where "
                  f"{shorten(answer)} is the answer: check that it can return 1")
 

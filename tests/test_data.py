@@ -559,7 +559,6 @@ def test_the_reward_is_called_once_at_the_start_on_a_gold_answer_in_its_box(tmp_
             ("def f(response, answer): return re.search('x', response)", "NameError: name 're' is not defined"),
             ("def f(response, answer):\n    return 1 / 0", "ZeroDivisionError: division by zero in "),
             ("def f(response, answer):\n    return 1 / 0", ".py, line 2, for the response"),
-            ("def f(response, answer): raise SystemExit(3)", "SystemExit: 3"),
             ("def f(answer, response): return int(answer in response)", "swapped"),
             ("import reward\n\n\ndef f(answer, response): return reward.math_reward(response, answer)", "swapped"),
             ("def f(response, answer): return 0.5", "returned 0.5 for the response"),
