@@ -128,7 +128,7 @@ def load_problems(source, named=TRAINING_SETS):
             missing = "text in `problem` or `question`" if not problem else (
                 "text or a number in `answer` or `final_answer`, or a `solution` with a \\boxed answer")
             found = ", ".join(f"{name}: {str(value)[:40]}" for name, value in row.items())
-            fail(f"{path}, {place}: expected {missing}, got {found[:300] or 'nothing'} (README.md, Your own task, shows "
+            fail(f"{path}, {place}: expected {missing}, got {found[:300] or 'nothing'} (README.md, Your own task, says "
                  f"how to convert a file)")
         if source != "math" or row.get("level") in ("Level 3", "Level 4", "Level 5"):
             problems.append({"problem": problem, "answer": answer})
@@ -258,8 +258,8 @@ def check_reward(source, answer):
         right = reward(boxed, answer)
     except Exception as error:                                                 # whatever the function raises
         lines = [f" in {file}, line {line}," for file, line, *_ in traceback.extract_tb(error.__traceback__)[2:]]
-        fail(f"{source} raised {type(error).__name__}: {error}{''.join(lines[-1:])} for the response {shorten(boxed)} to "
-             f"the answer {shorten(answer)}; {expected}")
+        fail(f"{source} raised {type(error).__name__}: {error}{''.join(lines[-1:])} for the response {shorten(boxed)} "
+             f"to the answer {shorten(answer)}; {expected}")
     if not right:
         swapped = False
         with suppress(Exception, SystemExit):                                  # no user makes this call
