@@ -330,7 +330,7 @@ def test_hidden_states_of_several_rounds_are_within_the_estimate(small, tmp_path
     assert 0.6 * parts["hidden states"] < most[0] <= parts["hidden states"]
 
 
-FEW = r"warning: only 2 evaluation problems[^\n]*\n"                           # of these small runs
+FEW = r"warning: few evaluation problems \(2\)[^\n]*\n"                        # of these small runs
 
 
 def test_the_estimate_is_printed_before_loading_and_warns_where_the_device_is_too_small(small, tmp_path, monkeypatch,
