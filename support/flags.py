@@ -24,7 +24,7 @@ DEFAULTS = {   # flag: (embedded model, real model = the paper's 0.5B settings, 
     "minibatch_size": (32, 16), "micro_batch_tokens": (2048, 16384), "lr": (1e-4, 5e-7),
     "max_new_tokens": (64, 2500), "kl_coef": (0.0, 1e-4), "max_sequences": (1024, 128), "eval_every": (50, 20),
     "save_every": (25, 5), "delta_every": (1, 10), "gradient_checkpointing": (False, True)}
-NOT_INHERITED = ("model", "method", "seed", "out", "device", "dtype", "eval_only")    # by a run that starts from another
+NOT_INHERITED = ("model", "method", "seed", "out", "device", "dtype", "eval_only")     # by a run from another's model
 MAY_CHANGE_ON_RESUME = ("steps", "eval_every", "save_every", "keep_checkpoints", "device", "out", "micro_batch_tokens",
                         "micro_batch_size", "max_sequences", "gradient_checkpointing")
 
@@ -65,7 +65,7 @@ def model_defaults(model, reward=None):
         if not reward and is_user_code(values["reward"]):
             fail(f"{model} is a model of the run {run}, whose config.json names {values['reward']}: add --reward "
                  f"{values['reward']} if you trust it")
-        print(printable(f"{model} is a model of the run {run}: its flags, without --method and --seed, are the defaults "
+        print(printable(f"{model} is a model of the run {run}: its flags, not --method and --seed, are the defaults "
                         f"(--data {values['data']} --reward {values['reward']} --lr {values['lr']} ...)"))
     if "instruction" not in values or reward not in (None, values["reward"]):
         values["instruction"] = INSTRUCTION if (reward or values["reward"]) == "math" else ""      # it reads the box

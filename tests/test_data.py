@@ -528,7 +528,7 @@ def test_a_reward_is_right_or_wrong_and_anything_else_ends_the_run(tmp_path):
     for text in REFUSED:
         message = error_of(reward, text, "gold")
         value = str(eval(text, {"np": np, "torch": torch}))
-        expected = (f"{file}:right returned {value} for the response \"{text}\" to the answer \"gold\", expected 1 or 0")
+        expected = f'{file}:right returned {value} for the response "{text}" to the answer "gold", expected 1 or 0'
         wrong += [(text, message)] * (message != f"error: {expected}")
     assert wrong == []
     assert load_reward("math")(r"\boxed{\frac{2}{4}}", "0.5") == 1.0
