@@ -17,8 +17,7 @@ not counted. A ratio is formed within each repetition. Its median is printed wit
 the repetitions. Time is the CPU time of the whole process on one thread, which other programs disturb little, and
 wall-clock time beside it. A goal is judged by CPU time, on a GPU by wall-clock time. A ratio is marked "busy" if the
 load at the start left no core free, or if a process got less than 90% of a core. Memory is measured in runs of its own.
-The reward calls every second response right. --out gets tables.md, growth.png, overhead.json with every measurement,
-and the folders of random models.
+The reward calls every second response right. --out gets tables.md, growth.png and overhead.json with every measurement.
 """
 import argparse
 import contextlib
@@ -67,6 +66,7 @@ SCORE_TOKENS = [256 * 2 ** i for i in range(7)]                                #
 LOSS_ROWS, LOSS_TOKENS = 8, 512                                                # B and T of the loss
 DISTINCT = 512          # token ids that the responses of one group are drawn from, at most
 NO_CHANGE = 1e-30       # learning rate: AdamW's work is done, and the model of every contender stays the same
+SCRATCH = Path("runs/overhead-scratch")                                        # models of random weights
 REWARD = f"{Path(__file__).resolve()}:alternating"
 GROWTH = {              # axis: what varies, its sizes, the largest exponent of seconds and of bytes
     "questions per step": ("batch_size", (4, 8, 16, 32, 64), 1.1),
@@ -174,25 +174,26 @@ def peak_bytes(function, device):
     return max(held, default=0)
 
 
-def make_model(folder, shape, seed, vocabulary=None):
-    """A model of random weights as an ordinary model folder, with the embedded model's tokenizer; kept if it is there
-    already. shape: a key of SHAPES; vocabulary: instead of its V. "small" has no stop token. Returns the folder."""
+def make_model(shape, seed, vocabulary=None):
+    """A folder in SCRATCH with a model of random weights and the embedded model's tokenizer; kept if it is there.
+
+    shape: a key of SHAPES; vocabulary: instead of its V. "small" has no stop token. Returns the folder's path."""
+    config_class, V, layers, hidden, heads, key_value_heads, intermediate = SHAPES[shape]
+    folder = SCRATCH / f"{shape}-{vocabulary or V}-seed{seed}"
     if not folder.is_dir():
-        config_class, V, layers, hidden, heads, key_value_heads, intermediate = SHAPES[shape]
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config_class(
             vocab_size=vocabulary or V, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
             num_attention_heads=heads, num_key_value_heads=key_value_heads, tie_word_embeddings=True,
             max_position_embeddings=32768, bos_token_id=None, eos_token_id=None if shape == "small" else 1,
             pad_token_id=0))
-        part = folder.with_name(folder.name + ".tmp")                          # a folder under its name is complete
-        model.to(torch.bfloat16).save_pretrained(part)
-        tokenizer = load_pretrained(AutoTokenizer, str(TINY))
+        tokenizer, part = load_pretrained(AutoTokenizer, str(TINY)), folder.with_name(folder.name + ".tmp")
         if shape == "small":
             tokenizer.eos_token = None
+        model.to(torch.bfloat16).save_pretrained(part)
         tokenizer.save_pretrained(part)
-        part.rename(folder)
-    return folder
+        part.rename(folder)                                                    # a folder under its name is complete
+    return str(folder)
 
 
 def write_problems(args):
@@ -221,7 +222,7 @@ def our_steps(args):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):     # its announcements
         train_args = flags.parse_args("", [
             *given, f"--eval-data={args.data}", "--instruction=", f"--reward={REWARD}", "--no-gradient-checkpointing",
-            f"--minibatch-size={args.batch_size}", "--kl-coef=0", f"--lr={NO_CHANGE}", f"--out={args.out}/no-run"])
+            f"--minibatch-size={args.batch_size}", "--kl-coef=0", f"--lr={NO_CHANGE}", f"--out={SCRATCH}/train"])
         run = program["load_run"](train_args, None)
     prompt_tokens, numbers = statistics.mean(map(len, run.prompts)), itertools.count(1)
 
@@ -265,7 +266,7 @@ def trl_steps(args):
     checkpointing = ("activation_checkpointing" if hasattr(GRPOConfig, "activation_checkpointing")
                      else "gradient_checkpointing")                            # before transformers 5.24
     config = GRPOConfig(
-        output_dir=f"{args.out}/trl", max_steps=1, per_device_train_batch_size=args.micro_batch_size,
+        output_dir=SCRATCH / "trl", max_steps=1, per_device_train_batch_size=args.micro_batch_size,
         gradient_accumulation_steps=rows // args.micro_batch_size, num_generations=args.group_size,
         max_completion_length=args.max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, beta=0.0, num_iterations=1,
         learning_rate=NO_CHANGE, lr_scheduler_type="constant", adam_beta2=0.95, weight_decay=0.0,
@@ -496,7 +497,7 @@ def benchmark_loss(args):
     layers, so that the head dominates. Equality is checked in float32 on the first two rows."""
     folder = args.model
     if Path(args.model).resolve() in EMBEDDED:
-        folder = str(make_model(Path(args.out) / "head", "head", args.seed))
+        folder = make_model("head", args.seed)
     model = load_model(folder, args.device, "nthr")
     P, generator = 8, torch.Generator().manual_seed(args.seed)
     ids = torch.randint(model.config.vocab_size, (LOSS_ROWS, P + LOSS_TOKENS), generator=generator)
@@ -532,9 +533,9 @@ def benchmark_growth(args):
         steps = {}
         for size in sizes:
             point = BASE | {flag: size}
-            model = make_model(Path(args.out) / f"small-{point['vocabulary']}", "small", args.seed, point["vocabulary"])
+            model = make_model("small", args.seed, point["vocabulary"])
             steps[size] = our_steps(argparse.Namespace(**vars(args) | point | {
-                "model": str(model), "data": str(TINY / "train.jsonl"), "max_sequences": 1024, "micro_batch_size": 256,
+                "model": model, "data": str(TINY / "train.jsonl"), "max_sequences": 1024, "micro_batch_size": 256,
                 "micro_batch_tokens": 2048}))["nthr"]
         found = interleaved(steps, args.repetitions)
         peaks = [peak_bytes(step, args.device) for step in steps.values()]
@@ -615,7 +616,7 @@ def parse_args(argv=None):
     torch.set_num_threads(args.threads)
     common.make_folder(args.out)
     if args.shape:
-        args.model = str(make_model(Path(args.out) / args.shape, args.shape, args.seed))
+        args.model = make_model(args.shape, args.seed)
     if {"step", "sampling"} & set(args.benchmarks):
         args.data = write_problems(args)
     return args

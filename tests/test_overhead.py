@@ -213,14 +213,14 @@ def test_a_random_model_has_the_parameters_of_its_shape(small_shapes):
     d, kv, inner = 32, 2 * 32 // 4, 48                     # a head has 32 / 4 numbers, keys and values have 2 heads
     layer = 2 * d * d + 2 * d * kv + 3 * d * inner + 2 * d                     # q, o, k and v, MLP, two norms
     for shape, V, biases in (("135M", 500, 0), ("0.5B", 500, d + 2 * kv), ("small", 700, d + 2 * kv)):
-        folder = overhead.make_model(Path(shape), shape, 0, 700 if shape == "small" else None)
+        folder = overhead.make_model(shape, 0, 700 if shape == "small" else None)
         model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         assert model.num_parameters() == V * d + 2 * (layer + biases) + d, shape                   # a tied head
         assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(TINY).get_vocab()
         assert overhead.stop_token_ids(model, tokenizer) == ([] if shape == "small" else [1]), shape
-    before = (folder / "model.safetensors").stat().st_mtime_ns
-    overhead.make_model(folder, "small", seed=1)
-    assert (folder / "model.safetensors").stat().st_mtime_ns == before         # kept
+    before = Path(folder, "model.safetensors").stat().st_mtime_ns
+    assert overhead.make_model("small", 0, 700) == folder != overhead.make_model("small", 1, 700)
+    assert Path(folder, "model.safetensors").stat().st_mtime_ns == before      # kept
 
 
 def test_the_shapes_have_the_sizes_that_their_names_say():
@@ -407,7 +407,7 @@ def test_growth_of_every_size(monkeypatch):
 def test_sampling_from_a_shape_that_replaces_the_model(small_shapes, monkeypatch):
     monkeypatch.delattr("transformers.ContinuousBatchingConfig")
     record = run("sampling", "--shape", "0.5B", "--repetitions", 1)
-    assert record["sizes"]["shape"] == "0.5B" and Path("out/0.5B/config.json").is_file()
+    assert record["sizes"]["shape"] == "0.5B" and (overhead.SCRATCH / "0.5B-500-seed0").is_dir()
     for found in record["results"]["sampling"]["measured"]["fixed length"]["model.generate"]:
         assert found["tokens"] == 2 * 4 * 8
 
