@@ -103,7 +103,7 @@ def read_problem(row):
     problem = next((row[name] for name in names if isinstance(row.get(name), str) and row[name].strip()), "")
     answer = next(filter(None, (answer_text(row.get(name)) for name in ("answer", "final_answer", "target"))), None)
     if problem and isinstance(row.get("body"), str) and row["body"].strip():
-        body, number = row["body"].strip(), (answer or "").partition(" (")[0]
+        body, number = row["body"].strip(), (answer or "").partition("(")[0].strip()
         problem = f"{body}{'' if body.endswith(('.', '?', '!')) else '.'} {problem.strip()}"
         with suppress(ValueError):                                             # "Yes (to both)"
             answer = number if math.isfinite(float(number.replace(",", ""))) else answer

@@ -77,7 +77,7 @@ def likely_cause(answers, reward, max_new_tokens):
     if len(wrong) < len(answers):
         return counted + "raise --group-size, --batch-size or --sampling-rounds"
     if 2 * cut_off >= len(wrong):
-        return counted + f"raise --max-new-tokens {max_new_tokens}"
+        return counted + f"raise --max-new-tokens (now {max_new_tokens})"
     if 2 * unboxed >= len(wrong):
         return counted + r"the reward reads the last \boxed{}, so check the prompt, --instruction and --model"
     return counted + f"the questions are too hard, or --reward and --data do not fit; {example}"

@@ -43,43 +43,44 @@ def choose_device(name):
 
 @lru_cache
 def find_model(name):
-    """Options of from_pretrained for a folder or an id of the Hub that exists; one line if there is none.
+    """The folder or id that from_pretrained can load; one line if there is no such model.
 
-    The Hub is asked once, briefly: from_pretrained would try for most of a minute where there is no network."""
+    The Hub is asked once, briefly: from_pretrained would try for most of a minute where there is no network. The copy
+    of an earlier download then serves, as a folder."""
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             fail(f"the folder {name} has no config.json: expected a Hugging Face model with *.safetensors")
         if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
             fail(f"the folder {name} has no tokenizer.json: copy the tokenizer's files of the model it was made from")
-        return {"local_files_only": True}
-    nothing, cached = f"there is no folder {name} here, and", False
+        return name
+    nothing, cached = f"there is no folder {name} here, and", None
     try:
-        cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+        cached = try_to_load_from_cache(name, "config.json")                   # a path, if it was downloaded
         print(f"looking for {printable(name)} on the Hub", flush=True)
         model_info(name, timeout=5)
-        return {}
+        return name
     except HFValidationError:
         fail(f"{nothing} that is no id of the Hub either: check the spelling")
     except RepositoryNotFoundError:
         fail(f"{nothing} the Hub shows no such model: check the spelling (a private one needs `hf auth login`)")
     except Exception as error:                                                 # no network, or the Hub is down
-        if not cached:
+        if not isinstance(cached, str):
             fail(f"{nothing} the Hub cannot be reached ({' '.join(str(error).split())[:200]}): check the spelling of a "
                  f"folder, or the network")
     print("the Hub cannot be reached: the copy on this machine is used")
-    return {"local_files_only": True}
+    return str(Path(cached).parent)
 
 
 def load_pretrained(auto_class, name, **options):
     """from_pretrained of a Hugging Face id or folder, or one line; no code that comes with a model is run."""
-    options |= find_model(name)
+    source = find_model(name)
     transformers_logging.disable_progress_bar()                                # of weights read from disk
     enable_progress_bars()                                                     # of downloads
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)               # its retries are not news, their end is
     try:
         with memory_for("loading"):
-            return auto_class.from_pretrained(name, trust_remote_code=False, **options)
+            return auto_class.from_pretrained(source, trust_remote_code=False, **options)
     except OutOfMemory:
         raise
     except Exception as error:                                                 # whatever a stranger's files can raise

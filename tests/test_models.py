@@ -315,10 +315,10 @@ def hub(monkeypatch, status, headers=()):
 def test_a_folder_that_cannot_be_a_model_is_named_with_its_cause(tmp_path, capsys):
     """A misspelt folder that could be an id is looked for on the Hub, which says the rest."""
     folder = embedded(tmp_path / "model")
-    assert models.find_model(str(folder)) == {"local_files_only": True}
+    assert models.find_model(str(folder)) == str(folder)
     for pattern in ("tokenizer.json", "spiece.model", "vocab.json", "qwen.tiktoken"):
         write(embedded(tmp_path / pattern, without=["tokenizer*"]) / pattern, "")
-        assert models.find_model(str(tmp_path / pattern)) == {"local_files_only": True}
+        assert models.find_model(str(tmp_path / pattern)) == str(tmp_path / pattern)
     assert "has no config.json" in find_error(str(tmp_path))
     (folder / "tokenizer.json").unlink()
     assert "has no tokenizer.json: copy the tokenizer's files" in find_error(str(folder))
@@ -340,7 +340,7 @@ def test_an_id_that_the_hub_does_not_know_or_cannot_be_asked_for_is_named_with_i
             assert capsys.readouterr().out == "looking for Qwen/Qwen2.5-O.5B on the Hub\n"
     with hub(monkeypatch, 200):
         models.find_model.cache_clear()
-        assert models.find_model("some/model") == {}
+        assert models.find_model("some/model") == "some/model"
     message = find_error("some/model")                                         # the server is gone: its port is closed
     assert "the Hub cannot be reached (" in message and "refused" in message and "or the network" in message
     monkeypatch.undo()
@@ -352,7 +352,7 @@ def test_an_id_that_the_hub_does_not_know_or_cannot_be_asked_for_is_named_with_i
 def test_a_model_in_the_cache_is_used_where_there_is_no_network(monkeypatch, capsys):
     monkeypatch.setattr(models, "try_to_load_from_cache", lambda name, file: f"/cache/{name}/{file}")
     models.find_model.cache_clear()
-    assert models.find_model("some/model") == {"local_files_only": True}
+    assert models.find_model("some/model") == "/cache/some/model"
     printed = capsys.readouterr().out
     assert printed == "looking for some/model on the Hub\nthe Hub cannot be reached: the copy on this machine is used\n"
     assert models.find_model("some/model") and capsys.readouterr().out == ""   # it is asked once
@@ -362,7 +362,7 @@ def test_a_model_in_the_cache_is_used_where_there_is_no_network(monkeypatch, cap
         from_pretrained = staticmethod(lambda name, **options: asked.append((name, options)))
 
     models.load_pretrained(Auto, "some/model", dtype="float32")
-    assert asked == [("some/model", {"trust_remote_code": False, "local_files_only": True, "dtype": "float32"})]
+    assert asked == [("/cache/some/model", {"trust_remote_code": False, "dtype": "float32"})]
     models.find_model.cache_clear()
 
 

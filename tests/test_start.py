@@ -165,8 +165,8 @@ def answers(**counts):
 def test_the_likely_cause_is_what_was_counted():
     long = [{"response": "x" * 90 + r"\boxed{1}", "reward": 0.0, "finished": True, "answer": "9" * 99}]
     for rows, reward, counted, cause in (
-            (answers(cut=8), "math", "of 8 answers, 0 are right, 8 cut off, 0 fin", "raise --max-new-tokens 77"),
-            (answers(cut=2, wrong=2), "math", "0 are right, 2 cut off, 0 finished", "raise --max-new-tokens 77"),
+            (answers(cut=8), "math", "of 8 answers, 0 are right, 8 cut off, 0 fin", "raise --max-new-tokens (now 77)"),
+            (answers(cut=2, wrong=2), "math", "0 are right, 2 cut off, 0 finished", "raise --max-new-tokens (now 77)"),
             (answers(cut=1, wrong=1, unboxed=2), "math", "1 cut off, 2 finished without a box", r"the last \boxed{}"),
             (answers(unboxed=4), "math", "0 cut off, 4 finished without a box", "check the prompt, --instruction"),
             (answers(empty=1), "math", "0 are right, 0 cut off, 1 finished without a box", "--instruction"),
