@@ -224,16 +224,18 @@ def our_steps(args):
             *given, f"--eval-data={args.data}", "--instruction=", f"--reward={REWARD}", "--no-gradient-checkpointing",
             f"--minibatch-size={args.batch_size}", "--kl-coef=0", f"--lr={NO_CHANGE}", f"--out={SCRATCH}/train"])
         run = program["load_run"](train_args, None)
-    prompt_tokens, numbers = statistics.mean(map(len, run.prompts)), itertools.count(1)
+    prompt_tokens = statistics.mean(map(len, run.prompts))
+    numbers = {"nthr": itertools.count(1), "grpo": itertools.count(1)}
 
     def step(method):
         method_args = argparse.Namespace(**vars(train_args) | {"method": method, "delta_every": 0})
-        metrics = program["train_step"](run, method_args, next(numbers))
+        run.progress.position = 0                                              # both methods sample the same responses
+        metrics = program["train_step"](run, method_args, next(numbers[method]))
         return {"questions": metrics["groups_kept"], "prompt_tokens": prompt_tokens,
                 "response_tokens": metrics["response_length"], "updates": metrics["updates"],
                 "seconds": metrics["seconds"]}
 
-    return {method: lambda method=method: measured(lambda: step(method)) for method in ("nthr", "grpo")}
+    return {method: lambda method=method: measured(lambda: step(method)) for method in numbers}
 
 
 def trl_steps(args):
@@ -547,6 +549,8 @@ def benchmark_growth(args):
                                 at_most=at_most, busy=busy))
             side.loglog(sizes, [statistics.median(column) for column in zip(*values)], "o-", color=color)
             side.set_ylabel(f"{name} ~ size^{ratios[-1]['median']:.2f}", color=color)
+        panel.minorticks_off()
+        panel.set_xticks(sizes, sizes)
         panel.set_xlabel(axis)
         rows += [[axis, size, *times(found[size]), f"{peak / 2 ** 20:.1f}"] for size, peak in zip(sizes, peaks)]
         points += [{"axis": axis, "size": size, "runs": found[size], "peak_bytes": peak}

@@ -281,12 +281,15 @@ def test_our_step_is_a_whole_step_that_leaves_the_model_as_it_is():
         steps = overhead.our_steps(args)
     before = {name: value.clone() for name, value in kept["run"].model.state_dict().items()}
     problems = [row["problem"] for row in load_problems(TINY / "train.jsonl")[:2]]
-    for method in ("nthr", "grpo"):
+    sampled = {"nthr": [], "grpo": []}
+    for method in ("nthr", "grpo", "grpo", "nthr"):
         found = steps[method]()
+        sampled[method].append(kept["run"].sampled["responses"])
         assert (found["questions"], found["updates"]) == (2, 1) and 1 <= found["response_tokens"] <= 8
         assert found["prompt_tokens"] == sum(len(problem) + 1 for problem in problems) / 2         # and "<answer>"
         assert 0 < sum(found["seconds"].values()) <= found["wall"] and found["cpu"] > 0, method
         assert found["seconds"]["likelihood_change"] == 0
+    assert sampled["nthr"] == sampled["grpo"] and sampled["nthr"][0] != sampled["nthr"][1]        # the same work
     assert len(kept["run"].optimizer.state) > 0                                # AdamW has done its work
     assert all(torch.equal(value, before[name]) for name, value in kept["run"].model.state_dict().items())
 
