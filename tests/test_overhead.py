@@ -268,25 +268,24 @@ def test_the_loss_is_compared_only_if_it_is_the_same(monkeypatch):
 
 
 def test_our_step_is_a_whole_step_that_leaves_the_model_as_it_is():
-    args = overhead.parse_args([*SIZES, "--out", "out", "--micro-batch-size", "4"])
+    args = overhead.parse_args([*SIZES, "--out", "out", "--batch-size", "5", "--max-new-tokens", "40"])
     program, kept = overhead.runpy.run_path, {}
 
     def read_program(path):
-        functions = program(path)
-        inner = functions["load_run"]
-        return functions | {"load_run": lambda *a: kept.setdefault("run", inner(*a))}
+        functions = program(path)                                              # of train.py, then of the reward
+        return functions | {"load_run": lambda *a: kept.setdefault("run", functions["load_run"](*a))}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(overhead.runpy, "run_path", read_program)
         steps = overhead.our_steps(args)
     before = {name: value.clone() for name, value in kept["run"].model.state_dict().items()}
-    problems = [row["problem"] for row in load_problems(TINY / "train.jsonl")[:2]]
+    problems = [row["problem"] for row in load_problems(TINY / "train.jsonl")[:5]]
     sampled = {"nthr": [], "grpo": []}
     for method in ("nthr", "grpo", "grpo", "nthr"):
         found = steps[method]()
         sampled[method].append(kept["run"].sampled["responses"])
-        assert (found["questions"], found["updates"]) == (2, 1) and 1 <= found["response_tokens"] <= 8
-        assert found["prompt_tokens"] == sum(len(problem) + 1 for problem in problems) / 2         # and "<answer>"
+        assert (found["questions"], found["updates"]) == (5, 1) and 1 <= found["response_tokens"] <= 40
+        assert found["prompt_tokens"] == sum(len(problem) + 1 for problem in problems) / 5         # and "<answer>"
         assert 0 < sum(found["seconds"].values()) <= found["wall"] and found["cpu"] > 0, method
         assert found["seconds"]["likelihood_change"] == 0
     assert sampled["nthr"] == sampled["grpo"] and sampled["nthr"][0] != sampled["nthr"][1]        # the same work
