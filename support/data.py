@@ -177,13 +177,18 @@ def step_seed(seed, step, round_=0):
     return int(np.random.SeedSequence([seed, step, round_]).generate_state(1)[0])
 
 
+def encode_problems(tokenizer, problems, instruction=INSTRUCTION):
+    """Token ids of each problem (a text) and the instruction: by the tokenizer's chat template, else a plain one."""
+    questions = [f"{problem}\n{instruction}" if instruction else problem for problem in problems]
+    if tokenizer.chat_template:                                                # one call takes half the time
+        return tokenizer.apply_chat_template([[{"role": "user", "content": question}] for question in questions],
+                                             add_generation_prompt=True, return_dict=False)
+    return [tokenizer(f"Question: {question}\nAnswer:").input_ids for question in questions]
+
+
 def encode_prompt(tokenizer, problem, instruction=INSTRUCTION):
-    """Token ids of a question and an instruction: the tokenizer's chat template if it has one, else a plain one."""
-    question = f"{problem}\n{instruction}" if instruction else problem
-    if tokenizer.chat_template:
-        return tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True,
-                                             return_dict=False)
-    return tokenizer(f"Question: {question}\nAnswer:").input_ids
+    """`encode_problems` of one problem."""
+    return encode_problems(tokenizer, [problem], instruction)[0]
 
 
 def encode_prompts(problems, tokenizer, config, max_new_tokens, instruction=INSTRUCTION):
@@ -191,7 +196,7 @@ def encode_prompts(problems, tokenizer, config, max_new_tokens, instruction=INST
 
     Exits if a prompt is empty, or leaves no room for max_new_tokens in the context of the model's `config`."""
     limit = getattr(config, "max_position_embeddings", None) or math.inf
-    prompts = [encode_prompt(tokenizer, row["problem"], instruction) for row in problems]
+    prompts = encode_problems(tokenizer, [row["problem"] for row in problems], instruction)
     longest = max(prompts, key=len)
     if not min(prompts, key=len):
         fail(f"the tokenizer of {tokenizer.name_or_path} makes no tokens of a problem: are its files complete?")
