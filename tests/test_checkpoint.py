@@ -967,6 +967,7 @@ def test_no_file_runs_code_from_data_or_fetches_what_may_change():
         if not name.startswith(("tests/", "test_")):                           # tests forge files, and read their own
             found |= {(name, what) for what in dangers(path.read_text(encoding="utf-8"))}
     assert found == {("support/data.py", "import runpy"),                      # the user's own --reward or --method
+                     ("experiments/overhead.py", "import runpy"),              # train.py
                      ("examples/trl_nthr.py", "a model without use_safetensors=True")}     # its `options` hold it
 
 
