@@ -45,12 +45,12 @@ class Run:
     model: torch.nn.Module         # π_θ
     reference: torch.nn.Module     # π_ref of the KL penalty; None without --kl-coef
     optimizer: torch.optim.Optimizer
-    progress: Progress
     tokenizer: object
     problems: list                 # {"problem", "answer"} each
     prompts: list                  # their token ids
     eval_problems: list
     eval_prompts: list
+    progress: Progress
     sampled: dict = None           # a group of the last step, for samples.jsonl
 
 
@@ -107,12 +107,9 @@ def credit_rule(args, generator, selections):
 
 @torch.no_grad()
 def token_advantages(model, rollout, correct, args, step):
-    """Â of §2, then the rule of --method once per group, on what sampling kept: (B, T).
-
-    Also returns which advantages the rule changed, (B, T) bool, and NTHR's metrics."""
+    """Â of §2, then the rule of --method once per group, on what sampling kept: (B, T), and NTHR's metrics."""
     mask, lm_head, selections = rollout.response_mask, model.get_output_embeddings().weight, []
     advantages = group_advantages(correct.float()).view(-1, 1).repeat(1, mask.shape[1])            # (B, T)
-    before = advantages.clone()
     generator = torch.Generator().manual_seed(step_seed(args.seed, step, args.sampling_rounds))    # no round has it
     rule = credit_rule(args, generator, selections)
     for k, right in enumerate(correct):                                        # (G,)
@@ -125,12 +122,10 @@ def token_advantages(model, rollout, correct, args, step):
             fail(f"--method {args.method} must return finite advantages (G, T) = {(args.group_size, t)}, got "
                  f"{str(getattr(changed, 'shape', changed))[:60]} with {str(changed)[:60]}")
         advantages[rows, :t] = changed
-    changes = (advantages != before) & mask
     if not selections:
-        return advantages, changes, {}
+        return advantages, {}
     (tau, eta, selected), negative = np.array(selections).T, mask[~correct.flatten()].sum().item()
-    metrics = {"tau": tau.mean(), "eta": eta.mean(), "selected_share": selected.sum() / max(1, negative)}
-    return advantages, changes, metrics
+    return advantages, {"tau": tau.mean(), "eta": eta.mean(), "selected_share": selected.sum() / max(1, negative)}
 
 
 def policy_logprobs(model, rollout, rows, args):
@@ -211,7 +206,8 @@ def train_step(run, args, step):
         rollout, correct, answers, metrics = sample_groups(run, args, step)
     if rollout:
         with timer("nthr"):                                                    # Eq. 7, Eq. 8, Algorithm 1
-            advantages, changes, nthr_metrics = token_advantages(run.model, rollout, correct, args, step)
+            advantages, nthr_metrics = token_advantages(run.model, rollout, correct, args, step)
+        changes = (advantages != group_advantages(correct.float()).view(-1, 1)) & rollout.response_mask
         rollout.hidden = None                                                  # read; the update needs the memory
         old, update_metrics = update(run, rollout, correct, advantages, args, timer)               # Eq. 1
         metrics |= nthr_metrics | update_metrics
@@ -248,7 +244,7 @@ def load_run(args, checkpoint):
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=args.device.startswith(("cpu", "cuda")))             # no copies of weights
     progress = load_progress(checkpoint, optimizer) if checkpoint else Progress()
-    return Run(model, reference, optimizer, progress, *data)
+    return Run(model, reference, optimizer, *data, progress)
 
 
 def train(args):

@@ -686,7 +686,7 @@ def ours(folder, rollout, rewards, updates=1, kl_coef=0.0):
                            "--minibatch-size", str(questions), "--beta", "0.1", "--out", str(folder / "unused")])
     rollout = rollout.select(torch.arange(4 * questions).repeat(updates))
     model, correct, train = tiny_model().eval(), rewards.bool().repeat(updates, 1), train_functions()
-    advantages, _, metrics = train["token_advantages"](model, rollout, correct, args, 1)
+    advantages, metrics = train["token_advantages"](model, rollout, correct, args, 1)
     assert metrics["selected_share"] > 0
     scale = rewards.std(1, correction=0) / (rewards.std(1) + 1e-4)
     advantages *= scale.repeat(updates).repeat_interleave(4)[:, None]
