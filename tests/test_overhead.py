@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from helpers import ENVIRONMENT, ROOT, wrong_endings
 from support.data import TINY, encode_prompts, load_problems, load_reward
 
+pytest.importorskip("matplotlib")
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import overhead  # noqa: E402
