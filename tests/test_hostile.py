@@ -52,7 +52,7 @@ def hostile_text(rng):
 
 
 def in_time(function, *arguments, name=""):
-    """The function's result; at most 0.2 s of CPU time on a busy machine, measured again with nothing cached before it counts."""
+    """The function's result; at most 0.2 s of CPU time (a busy machine is slow), measured again with nothing cached."""
     start = time.process_time()
     result = function(*arguments)
     seconds = [time.process_time() - start]
