@@ -193,6 +193,7 @@ def test_the_librarys_sampler_gets_our_stop_ids_and_nothing_of_the_models_own(mo
         assert tokens == expected and (stop_ids or tokens == 12 * 6), stop_ids
 
 
+@pytest.mark.full
 def test_continuous_batching_counts_tokens_up_to_the_stop(monkeypatch):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(TINY), AutoTokenizer.from_pretrained(TINY)
     model.generation_config, seen, inner = GenerationConfig(), [], model.generate_batch
@@ -407,6 +408,7 @@ def test_growth_of_every_size(monkeypatch):
     assert Path("out/growth.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.full
 def test_sampling_from_a_shape_that_replaces_the_model(small_shapes, monkeypatch):
     monkeypatch.delattr("transformers.ContinuousBatchingConfig")
     record = run("sampling", "--shape", "0.5B", "--repetitions", 1)

@@ -395,6 +395,7 @@ def test_the_deviation_of_the_ratio_is_that_of_the_largest_token_since_sampling_
     assert same_weights(tmp_path / "run", plain)
 
 
+@pytest.mark.full
 def test_in_bfloat16_the_clip_does_not_fire_on_rounding(small, tmp_path, monkeypatch):
     """Steps that move nothing leave the ratio of each token at 1 exactly, in every mini-batch and micro-batch.
 
@@ -414,6 +415,7 @@ def test_in_bfloat16_the_clip_does_not_fire_on_rounding(small, tmp_path, monkeyp
     assert row["ratio_deviation"] < 0.3
 
 
+@pytest.mark.full
 def test_selection_from_the_states_that_bfloat16_sampling_kept_is_that_of_float32():
     """On at least 95% of the negative tokens, for both embedded models; float32's states come from one forward pass."""
     for folder, source in EMBEDDED.items():

@@ -151,6 +151,7 @@ def test_the_checkpoint_is_a_hugging_face_model_that_reaches_the_logged_accuracy
     assert sum(map(str.__eq__, samples, responses)) >= 4
 
 
+@pytest.mark.full
 def test_weights_stay_float32_when_bfloat16_computes(small, tmp_path):
     run_here(*small, "--steps", 1, "--dtype", "bfloat16", "--out", tmp_path / "half")
     weights, start = weights_of(tmp_path / "half"), load_file(TINY / "model.safetensors")
