@@ -51,7 +51,7 @@ class Run:
     eval_problems: list
     eval_prompts: list
     progress: Progress
-    sampled: dict = None           # a group of the last step, for samples.jsonl
+    sampled: tuple = ()            # what `sampled_group` shows of the last step
 
 
 def sample_groups(run, args, step):
@@ -214,7 +214,7 @@ def train_step(run, args, step):
         if args.delta_every and step % args.delta_every == 0:
             with timer("likelihood_change"):                                   # Eq. 2
                 metrics |= step_likelihood_change(run.model, rollout, correct, old, args)
-    run.sampled = sampled_group(answers, args.group_size, rollout, changes, run.tokenizer, args.instruction)
+    run.sampled = answers, args.group_size, rollout, changes
     run.progress.unmixed = 0 if rollout else run.progress.unmixed + 1
     warn_if_unmixed(run.progress.unmixed, step == args.steps and not run.optimizer.state, answers, args.reward,
                     args.max_new_tokens)
@@ -226,7 +226,8 @@ def evaluate(run, args, step):
     """Greedy accuracy: printed, and returned as metrics. samples.jsonl gets five answers and one sampled group."""
     answers = greedy_answers(run.model, run.tokenizer, run.eval_problems, run.eval_prompts, load_reward(args.reward),
                              args.max_new_tokens, args.max_sequences, args.dtype)
-    append_rows(Path(args.out) / "samples.jsonl", [{"step": step, **row} for row in (*answers[:5], run.sampled) if row])
+    sampled = [sampled_group(*run.sampled, run.tokenizer, args.instruction)] if run.sampled else []
+    append_rows(Path(args.out) / "samples.jsonl", [{"step": step, **row} for row in answers[:5] + sampled])
     tqdm.write(accuracy_line(step, answers))
     if not step:                                                               # later, the sampled groups tell
         warn_if_none_is_right(answers, args.reward, args.max_new_tokens)

@@ -106,9 +106,9 @@ def sampled_group(answers, group_size, rollout, selected, tokenizer, instruction
     groups = [answers[i:i + group_size] for i in range(0, len(answers), group_size)]
     group = next((rows for rows in groups if len({row["reward"] for row in rows}) > 1), groups[0])
     prompt = encode_prompt(tokenizer, group[0]["problem"], instruction)
-    tokens = [[] for _ in group]
+    tokens, ids = [[] for _ in group], rollout.response_ids[:group_size].tolist() if rollout else []
     for i, k in selected[:group_size].nonzero().tolist() if rollout else ():
-        tokens[i].append([k, tokenizer.decode(rollout.response_ids[i, k].item())])
+        tokens[i].append([k, tokenizer.decode(ids[i][k])])
     return {"problem": group[0]["problem"], "answer": group[0]["answer"],
             "prompt": tokenizer.decode(prompt, clean_up_tokenization_spaces=False),
             "responses": [row["response"] for row in group], "rewards": [row["reward"] for row in group],
