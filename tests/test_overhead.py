@@ -285,7 +285,8 @@ def test_our_step_is_a_whole_step_that_leaves_the_model_as_it_is():
     sampled = {"nthr": [], "grpo": []}
     for method in ("nthr", "grpo", "grpo", "nthr"):
         found = steps[method]()
-        sampled[method].append(kept["run"].sampled["responses"])
+        answers, *_ = kept["run"].sampled
+        sampled[method].append([row["response"] for row in answers])
         assert (found["questions"], found["updates"]) == (5, 1) and 1 <= found["response_tokens"] <= 40
         assert found["prompt_tokens"] == sum(len(problem) + 1 for problem in problems) / 5         # and "<answer>"
         assert 0 < sum(found["seconds"].values()) <= found["wall"] and found["cpu"] > 0, method
