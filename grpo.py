@@ -11,7 +11,10 @@ In the order of the code:
 Choices where the paper is silent: the KL penalty is the k3 estimator of GRPO (DeepSeekMath), and KL and NLL use the
 normaliser of Eq. 1, so that every term is a mean over the tokens of a question, then over questions.
 """
+import inspect
+
 import torch
+from transformers.cache_utils import DynamicCache
 
 # Shapes: Q questions, G responses each, B = Q·G, P prompt tokens, T response tokens, V vocabulary, d hidden size
 LOGITS_AT_ONCE = 2 ** 26   # logits per chunk, whatever V is: 256 MiB in float32, at most two such tensors at once
@@ -121,6 +124,34 @@ def compute_dtype(model):
     return torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
 
 
+def cache_argument(model, cache):
+    """{name: cache} for a model's forward, which takes `past_key_values` as `cache` from transformers 5.24 on."""
+    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
+
+
+def _response_states(model, ids, attention_mask, P):
+    """The states (B, T, d) that predict the response tokens, from ids and attention_mask (B, P+T).
+
+    Rows with the same prompt share its keys and values, and the gradient flows back through them. In train mode each
+    row is computed whole, because activation checkpointing drops a cache without a word."""
+    base = getattr(model, "get_base_model", lambda: model)().base_model        # of a model that peft wraps, too
+
+    def states(ids, mask, positions, **options):
+        return base(input_ids=ids, attention_mask=mask, position_ids=positions, **options).last_hidden_state
+
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)                    # left padding takes no position
+    prompts = torch.stack([ids * attention_mask, attention_mask, positions], 1)[:, :, :P]          # (B, 3, P)
+    prompts, row = torch.unique(prompts, dim=0, return_inverse=True)           # prompts[row] are those of the B rows
+    if model.training or len(prompts) == len(ids) or ids.shape[1] == P + 1:
+        return states(ids, attention_mask, positions, use_cache=False)[:, P - 1:-1]
+    cache = DynamicCache()                                                     # without config: sliding layers whole
+    options = {"use_cache": True, **cache_argument(base, cache)}
+    first = states(*prompts.unbind(1), **options)[row, -1:]                    # (B, 1, d): predicts token 1
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[row], layer.values[row]
+    return torch.cat([first, states(ids[:, P:-1], attention_mask[:, :-1], positions[:, P:-1], **options)], 1)
+
+
 def response_logprobs(model, ids, attention_mask, prompt_length, temperature=1.0, return_hidden=False):
     """ln π(y_{i,k} | x, y_{i,<k}) of the response tokens under the distribution that they were sampled from.
 
@@ -128,16 +159,13 @@ def response_logprobs(model, ids, attention_mask, prompt_length, temperature=1.0
     Face causal LM. Returns (B, T), float32 (float64 for a float64 model), 0 on padding; with return_hidden also the
     states (B, T, d) that predict those tokens, i.e. the input of lm_head.
 
-    The base model runs once. The logits of a few tokens exist at a time, in the backward pass, too: never (B, T, V).
+    A prompt that several rows share is computed once, in eval mode. The logits of a few tokens exist at a time, in the backward pass, too: never (B, T, V).
     Raises ValueError where logits are not lm_head(hidden), see `check_head`."""
     check_head(model)
     if prompt_length < 1:
         raise ValueError(f"prompt_length must be at least 1 (its last state predicts token 1), got {prompt_length}")
     attention_mask = attention_mask.long()
-    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)                 # left padding takes no position
-    states = model.base_model(input_ids=ids, attention_mask=attention_mask, position_ids=position_ids,
-                              use_cache=False).last_hidden_state
-    states = states[:, prompt_length - 1:-1]                                   # (B, T, d): state k predicts token k
+    states = _response_states(model, ids, attention_mask, prompt_length)       # (B, T, d): state k predicts token k
     valid = attention_mask[:, prompt_length:].bool()                           # (B, T)
     head = model.get_output_embeddings()
     logprobs = _TokenLogprobs.apply(states[valid], ids[:, prompt_length:][valid], head.weight, head.bias, temperature,

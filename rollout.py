@@ -5,7 +5,6 @@ from a model's generation_config, so that the distribution sampled from is the o
 Sampling has ln π_old and the lm_head's input in its hands, and keeps both: Eq. 7 needs no pass of its own (App. 7.4).
 A prompt is prefilled once for the responses that start together; rows that finish leave, and waiting ones move up.
 """
-import inspect
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from grpo import check_head, compute_dtype
+from grpo import cache_argument, check_head, compute_dtype
 
 # Shapes: Q prompts, G responses each, B = Q·G rows (those of a prompt consecutive), P prompt and T response tokens,
 #         V vocabulary, d hidden size, R rows that are decoded together
@@ -86,11 +85,6 @@ def _sample(logits, temperature, generator):
         raise FloatingPointError(f"the model's logits at temperature {temperature} are not finite: its weights are "
                                  "damaged, training diverged, or the temperature is too low")
     return token, logprob
-
-
-def cache_argument(model, cache):
-    """{name: cache} for a model's forward, which takes `past_key_values` as `cache` from transformers 5.24 on."""
-    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
 
 
 def check_cache(config):

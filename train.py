@@ -144,11 +144,11 @@ def update(run, rollout, correct, advantages, args, timer):
     groups = torch.arange(len(mask)).view_as(correct).tensor_split(args.batch_size // args.minibatch_size)
     first, *later = [(rows, micro_batches(rollout, rows, args.micro_batch_tokens, args.micro_batch_size))
                      for rows in map(torch.flatten, groups) if len(rows)]      # whole groups, as equal as possible
+    model.train(args.gradient_checkpointing)                                   # recomputation works in train mode only
     for micro in (micro for _, micros in later for micro in micros):
         with timer("old_probabilities"), torch.no_grad():
             logprobs = policy_logprobs(model, rollout, micro, args)
             old[micro, :logprobs.shape[1]] = logprobs
-    model.train(args.gradient_checkpointing)                                   # recomputation works in train mode only
     done, skipped, deviation = [], 0, 0.0
     for number, (rows, micros) in enumerate((first, *later)):
         weights, totals, ref = torch.zeros(len(mask), device=mask.device), {}, None

@@ -3,10 +3,11 @@ import math
 
 import pytest
 import torch
-from transformers import (AutoModelForCausalLM, CohereConfig, FalconH1Config, Gemma2Config, GPT2Config, GraniteConfig,
-                          LlamaConfig, PhiConfig, Qwen2Config)
+from transformers import (AutoModelForCausalLM, CohereConfig, FalconH1Config, Gemma2Config, Gemma3TextConfig, GPT2Config,
+                          GraniteConfig, LlamaConfig, PhiConfig, Qwen2Config)
 
 import grpo
+from support.models import checkpoint_activations
 from test_nthr import LargestTensor, cases
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -345,6 +346,85 @@ def test_in_bfloat16_autocast_the_gradient_is_that_of_float32_up_to_rounding(mon
         assert both[1][name].dtype == torch.float32
         assert (both[1][name] - exact).norm() < 0.03 * exact.norm(), name
     assert not both[0]["lm_head.weight"].equal(both[1]["lm_head.weight"])
+
+
+def shared_batch():
+    """`ragged_batch` in which rows 0, 1 and 3 have one prompt, rows 2 and 4 another; ids of padding differ."""
+    ids, mask, P = ragged_batch([7, 7, 4, 7, 4], [4, 1, 6, 3, 2])
+    for row, source in ((1, 0), (3, 0), (4, 2)):
+        ids[row, :P] = torch.where(mask[row, :P] == 1, ids[source, :P], ids[row, :P])
+    return ids, mask, P
+
+
+SLIDING = {
+    "qwen2, windows of 3 in the second layer": Qwen2Config(
+        vocab_size=61, use_sliding_window=True, sliding_window=3, max_window_layers=1, **SIZES),
+    "gemma 3, windows of 3 in the first layer": Gemma3TextConfig(
+        vocab_size=61, sliding_window=3, head_dim=8, layer_types=["sliding_attention", "full_attention"], **SIZES)}
+
+
+def test_prompts_that_rows_share_are_computed_once_with_the_values_and_gradients_of_whole_rows():
+    ids, mask, P = shared_batch()
+    coefficients = torch.randn(5, 6, generator=torch.Generator().manual_seed(5))
+    with cases() as case:
+        for kind in (*CONFIGS, *SLIDING):
+            for dtype, exact in ((torch.float32, 1e-3), (torch.float64, 1e-4)):        # norms compute in float32
+                torch.manual_seed(0)
+                config = SLIDING[kind] if kind in SLIDING else CONFIGS[kind](61)
+                model, computed = AutoModelForCausalLM.from_config(config, dtype=dtype).eval(), []
+                hook = model.base_model.register_forward_pre_hook(
+                    lambda _, args, kwargs: computed.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+                logprobs = grpo.response_logprobs(model, ids, mask, P, 0.8)
+                hook.remove()
+                expected = naive_logprobs(model, ids, mask, P, 0.8)
+                with case((kind, dtype)):
+                    assert computed == [(2, P), (5, 5)]
+                    for row, valid, naive in zip(logprobs, mask[:, P:].bool(), expected):
+                        close(row[valid], naive, exact, exact)
+                result = gradients(model, logprobs, coefficients)
+                wanted = gradients(model, expected, [c[v] for c, v in zip(coefficients, mask[:, P:].bool())])
+                for name, gradient in wanted.items():
+                    with case((kind, dtype, name)):
+                        close(result[name], gradient, exact * gradient.abs().max().item(), exact)
+
+
+def test_with_activation_checkpointing_the_prompt_is_not_lost():
+    ids, mask, P = shared_batch()
+    with cases() as case:
+        for kind in CONFIGS:
+            model = tiny_model(kind)
+            checkpoint_activations(model)
+            expected = naive_logprobs(model, ids, mask, P)
+            wanted = gradients(model, expected, [torch.ones(len(row)) for row in expected])
+            model.train()
+            for module in model.modules():                                     # train mode, but without dropout
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+            logprobs = grpo.response_logprobs(model, ids, mask, P)
+            result = gradients(model, logprobs, mask[:, P:].float())
+            with case(kind):
+                for row, valid, naive in zip(logprobs, mask[:, P:].bool(), expected):
+                    close(row[valid], naive)
+                for name, gradient in wanted.items():
+                    close(result[name], gradient, 1e-3 * gradient.abs().max().item(), 1e-3)
+
+
+def test_shared_prompts_in_bfloat16_with_one_response_token_and_in_a_wrapped_model():
+    ids, mask, P = shared_batch()
+    model = tiny_model("llama untied")
+    exact = grpo.response_logprobs(model, ids, mask, P).detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        shared = grpo.response_logprobs(model, ids, mask, P)
+        alone = torch.cat([grpo.response_logprobs(model, ids[i:i + 1], mask[i:i + 1], P) for i in range(5)])
+    assert (shared - exact).abs().max() < 2 * (alone - exact).abs().max() < 0.2
+    close(grpo.response_logprobs(model, ids[:, :P + 1], mask[:, :P + 1], P), exact[:, :1])
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig("CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, lora).eval()
+    for row, valid, naive in zip(grpo.response_logprobs(wrapped, ids, mask, P), mask[:, P:].bool(),
+                                 naive_logprobs(wrapped, ids, mask, P)):
+        close(row[valid], naive)
+    assert (grpo.response_logprobs(wrapped, ids, mask, P) - exact).abs().max() > 0.01              # the adapter is in
 
 
 def test_a_head_that_is_no_linear_layer_and_a_prompt_without_a_token_are_refused():
