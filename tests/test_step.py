@@ -5,6 +5,7 @@ sequences padded on the right, Eq. 7 as a sum over all pairs of tokens, Eq. 1 by
 import functools
 import json
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -271,25 +272,16 @@ def test_the_small_epsilon_of_adamw_is_kept(small, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------ the passes of a step
 
 def passes_of(small, out, monkeypatch, *flags):
-    """(what a step does with its models in order, its metrics): "no gradient", "gradient", "reference", "update".
+    """(what a step does with its models in order, its metrics): "no gradient", "gradient", "reference", "update"."""
+    events, loaded, load_model, response_logprobs = [], [], support.models.load_model, grpo.response_logprobs
 
-    The passes of sampling, which use a cache, are left out."""
-    events, load_model = [], support.models.load_model
+    def recorded(model, *args):
+        reference = model is not loaded[0]
+        events.append("reference" if reference else "gradient" if torch.is_grad_enabled() else "no gradient")
+        return response_logprobs(model, *args)
 
-    def hooked(*args, **kwargs):
-        model = load_model(*args, **kwargs)
-        reference = any(parameter.dtype != torch.float32 for parameter in model.parameters()) or hooked.called
-        hooked.called = True
-
-        def record(module, positional, named):
-            if not named["use_cache"]:
-                events.append("reference" if reference else "gradient" if torch.is_grad_enabled() else "no gradient")
-
-        model.base_model.register_forward_pre_hook(record, with_kwargs=True)
-        return model
-
-    hooked.called = False
-    monkeypatch.setattr(support.models, "load_model", hooked)
+    monkeypatch.setattr(support.models, "load_model", lambda *args: loaded.append(load_model(*args)) or loaded[-1])
+    monkeypatch.setattr(grpo, "response_logprobs", recorded)
     hook = register_optimizer_step_pre_hook(lambda *args: events.append("update"))
     try:
         run_here(*small, "--micro-batch-tokens", 10 ** 6, "--steps", 1, *flags, "--out", out)
@@ -354,19 +346,21 @@ def test_the_size_of_micro_batches_does_not_change_a_step(step):
 
 
 def test_gradient_checkpointing_recomputes_and_changes_nothing_else(step, small, tmp_path, monkeypatch):
-    forward, calls, counts = Qwen2MLP.forward, [], []
+    """With it, each row is computed whole, and once more in the backward pass; without, prompts are computed apart."""
+    forward, columns, counts = Qwen2MLP.forward, [], []
 
-    def counting(*args, **kwargs):
-        calls.append(None)
-        return forward(*args, **kwargs)
+    def counting(self, x):
+        columns.extend([x.shape[1]] * torch.is_grad_enabled())                 # of the update's passes
+        return forward(self, x)
 
     monkeypatch.setattr(Qwen2MLP, "forward", counting)
     for name, flags in (("without", []), ("with", ["--gradient-checkpointing"])):
-        calls.clear()
+        columns.clear()
         run_here(*small, "--steps", 1, "--micro-batch-tokens", 16384, *flags, "--out", tmp_path / name)
-        counts.append(len(calls))
+        counts.append(Counter(columns))
     layers = json.loads((TINY / "config.json").read_text())["num_hidden_layers"]
-    assert counts[1] == counts[0] + layers                                     # one micro-batch, each layer once more
+    apart, whole = counts                                                      # one micro-batch
+    assert list(apart.values()) == [layers, layers] and whole == {sum(apart) + 1: 2 * layers}      # P and T - 1, P + T
     assert relative_difference(weights_of(tmp_path / "without"), weights_of(tmp_path / "with"), tiny_weights()) < 0.01
 
 
