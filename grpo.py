@@ -159,8 +159,8 @@ def response_logprobs(model, ids, attention_mask, prompt_length, temperature=1.0
     Face causal LM. Returns (B, T), float32 (float64 for a float64 model), 0 on padding; with return_hidden also the
     states (B, T, d) that predict those tokens, i.e. the input of lm_head.
 
-    A prompt that several rows share is computed once, in eval mode. The logits of a few tokens exist at a time, in the backward pass, too: never (B, T, V).
-    Raises ValueError where logits are not lm_head(hidden), see `check_head`."""
+    A prompt that several rows share is computed once, in eval mode. The logits of a few tokens exist at a time, in the
+    backward pass, too: never (B, T, V). Raises ValueError where logits are not lm_head(hidden), see `check_head`."""
     check_head(model)
     if prompt_length < 1:
         raise ValueError(f"prompt_length must be at least 1 (its last state predicts token 1), got {prompt_length}")

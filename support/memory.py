@@ -29,7 +29,7 @@ def sampling_bytes(shape, slots, prompt_length, max_new_tokens, kept_rows, width
 
 
 def update_bytes(shape, tokens, checkpointing, width):
-    """{part: bytes} of the forward and backward pass of a micro-batch of so many tokens.
+    """{part: bytes} of the forward and backward pass of a micro-batch of so many tokens, no prompt shared.
 
     "head" is `grpo.LOGITS_AT_ONCE`, twice in float32, and the gradient of the head before it is added to that of the
     embeddings, which mostly are the same tensor."""
