@@ -133,23 +133,23 @@ def _response_states(model, ids, attention_mask, P):
     """The states (B, T, d) that predict the response tokens, from ids and attention_mask (B, P+T).
 
     Rows with the same prompt share its keys and values, and the gradient flows back through them. In train mode each
-    row is computed whole, because activation checkpointing drops a cache without a word."""
+    row is computed whole: activation checkpointing drops a cache and goes on without it."""
     base = getattr(model, "get_base_model", lambda: model)().base_model        # of a model that peft wraps, too
 
-    def states(ids, mask, positions, **options):
+    def states(ids, mask, **options):                                          # mask: of all columns so far
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]       # left padding takes no position
         return base(input_ids=ids, attention_mask=mask, position_ids=positions, **options).last_hidden_state
 
-    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)                    # left padding takes no position
-    prompts = torch.stack([ids * attention_mask, attention_mask, positions], 1)[:, :, :P]          # (B, 3, P)
-    prompts, row = torch.unique(prompts, dim=0, return_inverse=True)           # prompts[row] are those of the B rows
+    keys = ids.masked_fill(attention_mask == 0, -1)[:, :P].cpu()               # padding is -1, whatever its id
+    prompts, row = (x.to(ids.device) for x in torch.unique(keys, dim=0, return_inverse=True))      # (≤ B, P), (B,)
     if model.training or len(prompts) == len(ids) or ids.shape[1] == P + 1:
-        return states(ids, attention_mask, positions, use_cache=False)[:, P - 1:-1]
-    cache = DynamicCache()                                                     # without config: sliding layers whole
+        return states(ids, attention_mask, use_cache=False)[:, P - 1:-1]
+    cache = DynamicCache()                                                     # without a config, windows keep it all
     options = {"use_cache": True, **cache_argument(base, cache)}
-    first = states(*prompts.unbind(1), **options)[row, -1:]                    # (B, 1, d): predicts token 1
+    first = states(prompts.clamp(min=0), (prompts >= 0).long(), **options)[row, -1:]   # (B, 1, d): predicts token 1
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys[row], layer.values[row]
-    return torch.cat([first, states(ids[:, P:-1], attention_mask[:, :-1], positions[:, P:-1], **options)], 1)
+    return torch.cat([first, states(ids[:, P:-1], attention_mask[:, :-1], **options)], 1)
 
 
 def response_logprobs(model, ids, attention_mask, prompt_length, temperature=1.0, return_hidden=False):
@@ -159,8 +159,8 @@ def response_logprobs(model, ids, attention_mask, prompt_length, temperature=1.0
     Face causal LM. Returns (B, T), float32 (float64 for a float64 model), 0 on padding; with return_hidden also the
     states (B, T, d) that predict those tokens, i.e. the input of lm_head.
 
-    A prompt that several rows share is computed once, in eval mode. The logits of a few tokens exist at a time, in the
-    backward pass, too: never (B, T, V). Raises ValueError where logits are not lm_head(hidden), see `check_head`."""
+    In eval mode a prompt that several of these rows share is computed once. The logits of a few tokens exist at a time,
+    in the backward pass, too: never (B, T, V). Raises ValueError where logits are not lm_head(hidden): `check_head`."""
     check_head(model)
     if prompt_length < 1:
         raise ValueError(f"prompt_length must be at least 1 (its last state predicts token 1), got {prompt_length}")

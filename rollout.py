@@ -142,7 +142,7 @@ class _Slots(Cache):
         distinct = list(dict.fromkeys(repeat))
         ids, mask = _left_pad([prompts[q] for q in distinct], pad_id, model.device)
         repeat = torch.tensor([distinct.index(q) for q in repeat], device=model.device)
-        cache = DynamicCache()                                                 # without config: sliding layers whole
+        cache = DynamicCache()                                                 # without a config, windows keep it all
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)                   # left padding takes no position
         states = _last_states(model, cache, ids, mask.long(), positions)       # (distinct, d)
         sources, dtype = [mask[:, None, :, None]], compute_dtype(model)        # DynamicCache keeps float32 in autocast

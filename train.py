@@ -35,7 +35,7 @@ from support.flags import parse_args, recordable_flags, resume_command
 from support.memory import Timer, micro_batches, peak_memory
 from support.models import READ_NO_STATES, checkpoint_activations, load_model, precision
 from support.start import load_data
-gc.freeze()                        # they stay, so later collections and the exit pass over them
+
 gc.enable()
 # Shapes: Q questions, G responses each, K kept questions, B = K·G rows (the G of a question consecutive), T tokens
 NOT_MEASURED = dict.fromkeys("tau eta selected_share updates skipped_updates loss clip_share kl nll grad_norm "

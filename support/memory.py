@@ -29,12 +29,13 @@ def sampling_bytes(shape, slots, prompt_length, max_new_tokens, kept_rows, width
 
 
 def update_bytes(shape, tokens, checkpointing, width):
-    """{part: bytes} of the forward and backward pass of a micro-batch of so many tokens, no prompt shared.
+    """{part: bytes} of the forward and backward pass of a micro-batch of so many tokens, as if it shared no prompt.
 
+    With checkpointing a layer keeps its input, or its keys and values in a pass without gradient.
     "head" is `grpo.LOGITS_AT_ONCE`, twice in float32, and the gradient of the head before it is added to that of the
     embeddings, which mostly are the same tensor."""
-    layer, inputs = tokens * layer_bytes(shape, width), tokens * shape["layers"] * shape["d"] * 4
-    return {"activations": layer + inputs if checkpointing else layer * shape["layers"],
+    layer, kept = tokens * layer_bytes(shape, width), tokens * shape["layers"] * max(shape["d"], shape["kv"]) * 4
+    return {"activations": layer + kept if checkpointing else layer * shape["layers"],
             "head": 8 * min(LOGITS_AT_ONCE, tokens * shape["vocabulary"]) + 4 * shape["vocabulary"] * shape["d"]}
 
 

@@ -349,8 +349,8 @@ def test_in_bfloat16_autocast_the_gradient_is_that_of_float32_up_to_rounding(mon
 
 
 def shared_batch():
-    """`ragged_batch` in which rows 0, 1 and 3 have one prompt, rows 2 and 4 another; ids of padding differ."""
-    ids, mask, P = ragged_batch([7, 7, 4, 7, 4], [4, 1, 6, 3, 2])
+    """`ragged_batch` in which rows 0, 1 and 3 have one prompt, rows 2 and 4 another, row 5 its own; padding differs."""
+    ids, mask, P = ragged_batch([7, 7, 4, 7, 4, 4], [4, 1, 6, 3, 2, 5])
     for row, source in ((1, 0), (3, 0), (4, 2)):
         ids[row, :P] = torch.where(mask[row, :P] == 1, ids[source, :P], ids[row, :P])
     return ids, mask, P
@@ -360,12 +360,14 @@ SLIDING = {
     "qwen2, windows of 3 in the second layer": Qwen2Config(
         vocab_size=61, use_sliding_window=True, sliding_window=3, max_window_layers=1, **SIZES),
     "gemma 3, windows of 3 in the first layer": Gemma3TextConfig(
-        vocab_size=61, sliding_window=3, head_dim=8, layer_types=["sliding_attention", "full_attention"], **SIZES)}
+        vocab_size=61, sliding_window=3, head_dim=8, layer_types=["sliding_attention", "full_attention"], **SIZES),
+    **{f"qwen2, windows of {size}, of a prompt of 7 and a response of 6": Qwen2Config(
+        vocab_size=61, use_sliding_window=True, sliding_window=size, max_window_layers=0, **SIZES) for size in (9, 20)}}
 
 
 def test_prompts_that_rows_share_are_computed_once_with_the_values_and_gradients_of_whole_rows():
     ids, mask, P = shared_batch()
-    coefficients = torch.randn(5, 6, generator=torch.Generator().manual_seed(5))
+    coefficients = torch.randn(6, 6, generator=torch.Generator().manual_seed(5))
     with cases() as case:
         for kind in (*CONFIGS, *SLIDING):
             for dtype, exact in ((torch.float32, 1e-3), (torch.float64, 1e-4)):        # norms compute in float32
@@ -378,7 +380,7 @@ def test_prompts_that_rows_share_are_computed_once_with_the_values_and_gradients
                 hook.remove()
                 expected = naive_logprobs(model, ids, mask, P, 0.8)
                 with case((kind, dtype)):
-                    assert computed == [(2, P), (5, 5)]
+                    assert computed == [(3, P), (6, 5)]
                     for row, valid, naive in zip(logprobs, mask[:, P:].bool(), expected):
                         close(row[valid], naive, exact, exact)
                 result = gradients(model, logprobs, coefficients)
@@ -396,6 +398,9 @@ def test_with_activation_checkpointing_the_prompt_is_not_lost():
             checkpoint_activations(model)
             expected = naive_logprobs(model, ids, mask, P)
             wanted = gradients(model, expected, [torch.ones(len(row)) for row in expected])
+            with case((kind, "eval mode")), torch.no_grad():
+                for row, valid, naive in zip(grpo.response_logprobs(model, ids, mask, P), mask[:, P:].bool(), expected):
+                    close(row[valid], naive)
             model.train()
             for module in model.modules():                                     # train mode, but without dropout
                 if isinstance(module, torch.nn.Dropout):
@@ -415,7 +420,7 @@ def test_shared_prompts_in_bfloat16_with_one_response_token_and_in_a_wrapped_mod
     exact = grpo.response_logprobs(model, ids, mask, P).detach()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         shared = grpo.response_logprobs(model, ids, mask, P)
-        alone = torch.cat([grpo.response_logprobs(model, ids[i:i + 1], mask[i:i + 1], P) for i in range(5)])
+        alone = torch.cat([grpo.response_logprobs(model, ids[i:i + 1], mask[i:i + 1], P) for i in range(6)])
     assert (shared - exact).abs().max() < 2 * (alone - exact).abs().max() < 0.2
     close(grpo.response_logprobs(model, ids[:, :P + 1], mask[:, :P + 1], P), exact[:, :1])
     peft = pytest.importorskip("peft")
