@@ -304,7 +304,7 @@ def test_the_estimate_is_near_the_bytes_of_all_tensors_that_live_at_a_time():
             reference.peak += 4 * model.num_parameters()                       # the gradients are there before
             for phase, measured in (("sampling", sampling.peak), ("update", max(update.peak, reference.peak))):
                 share = measured / (phases[phase] - fixed)
-                if not 0.3 < share < 1.2:                                      # 0.33 to 1.13 were measured
+                if not 0.3 < share < 1:                                        # 0.34 to 0.87 were measured
                     failures.append((name, dtype, phase, round(share, 3), measured, parts))
     assert not failures, failures
 
