@@ -14,9 +14,10 @@ python experiments/overhead.py --shape 0.5B --device cuda  # random weights in t
 
 What is compared runs in turn in every repetition, in the opposite order every second time, after one run each that is
 not counted. A ratio is formed within each repetition. Its median is printed with a 95% interval from a bootstrap over
-the repetitions. Time is the CPU time of the whole process on one thread, which other programs disturb little, and
-wall-clock time beside it. A goal is judged by CPU time, on a GPU by wall-clock time. A ratio is marked "busy" if the
-load at the start left no core free, or if a process got less than 90% of a core. Memory is measured in runs of its own.
+the repetitions: with fewer than six of them it is their range. Time is the CPU time of the whole process on one thread,
+which other programs disturb little, and wall-clock time beside it. The median decides whether a goal is met, by CPU
+time, on a GPU by wall-clock time. A ratio is marked "busy" if the load at the start left less than half a core free, or
+if a process got less than 90% of a core. Memory is measured in runs of its own. No step uses activation checkpointing.
 The reward calls every second response right. --out gets tables.md, growth.png and overhead.json with every measurement.
 """
 import argparse
