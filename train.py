@@ -8,8 +8,6 @@ python train.py --model my/folder --data my.jsonl   # any Hugging Face causal LM
 python train.py --resume runs/tiny-nthr-seed0       # continue a run that was stopped
 python train.py --eval-only --model my/folder       # greedy accuracy on the five benchmarks of Table 2, no training
 """
-import gc
-gc.disable()                       # the libraries make a million objects: a second less before the first step
 import json
 import math
 import sys
@@ -36,7 +34,6 @@ from support.memory import Timer, micro_batches, peak_memory
 from support.models import READ_NO_STATES, checkpoint_activations, load_model, precision
 from support.start import load_data
 
-gc.enable()
 # Shapes: Q questions, G responses each, K kept questions, B = K·G rows (the G of a question consecutive), T tokens
 NOT_MEASURED = dict.fromkeys("tau eta selected_share updates skipped_updates loss clip_share kl nll grad_norm "
                              "ratio_deviation delta_mean delta_nonpositive_share eval_accuracy".split())
