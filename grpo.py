@@ -129,27 +129,32 @@ def cache_argument(model, cache):
     return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
 
 
+def hidden_states(model, ids, attention_mask, cache=None, position_ids=None):
+    """The lm_head's inputs for the tokens that follow each of ids (B, n): (B, n, d).
+
+    attention_mask (B, m): of what the cache holds and of ids, m >= n. position_ids (B, n): those of the mask, in which
+    left padding takes none. cache: a transformers Cache, which ids are added to."""
+    base = getattr(model, "get_base_model", lambda: model)().base_model        # of a model that peft wraps, too
+    if position_ids is None:
+        position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+    return base(input_ids=ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=cache is not None,
+                **cache_argument(base, cache)).last_hidden_state
+
+
 def _response_states(model, ids, attention_mask, P):
     """The states (B, T, d) that predict the response tokens, from ids and attention_mask (B, P+T).
 
     Rows with the same prompt share its keys and values, and the gradient flows back through them. In train mode each
     row is computed whole: activation checkpointing drops a cache and goes on without it."""
-    base = getattr(model, "get_base_model", lambda: model)().base_model        # of a model that peft wraps, too
-
-    def states(ids, mask, **options):                                          # mask: of all columns so far
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]       # left padding takes no position
-        return base(input_ids=ids, attention_mask=mask, position_ids=positions, **options).last_hidden_state
-
     keys = ids.masked_fill(attention_mask == 0, -1)[:, :P].cpu()               # padding is -1, whatever its id
     prompts, row = (x.to(ids.device) for x in torch.unique(keys, dim=0, return_inverse=True))      # (≤ B, P), (B,)
     if model.training or len(prompts) == len(ids) or ids.shape[1] == P + 1:
-        return states(ids, attention_mask, use_cache=False)[:, P - 1:-1]
+        return hidden_states(model, ids, attention_mask)[:, P - 1:-1]
     cache = DynamicCache()                                                     # without a config, windows keep it all
-    options = {"use_cache": True, **cache_argument(base, cache)}
-    first = states(prompts.clamp(min=0), (prompts >= 0).long(), **options)[row, -1:]   # (B, 1, d): predicts token 1
+    first = hidden_states(model, prompts.clamp(min=0), (prompts >= 0).long(), cache)[row, -1:]     # (B, 1, d)
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys[row], layer.values[row]
-    return torch.cat([first, states(ids[:, P:-1], attention_mask[:, :-1], **options)], 1)
+    return torch.cat([first, hidden_states(model, ids[:, P:-1], attention_mask[:, :-1], cache)], 1)
 
 
 def response_logprobs(model, ids, attention_mask, prompt_length, temperature=1.0, return_hidden=False):

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from grpo import cache_argument, check_head, compute_dtype
+from grpo import check_head, compute_dtype, hidden_states
 
 # Shapes: Q prompts, G responses each, B = Q·G rows (those of a prompt consecutive), P prompt and T response tokens,
 #         V vocabulary, d hidden size, R rows that are decoded together
@@ -94,12 +94,6 @@ def check_cache(config):
         raise ValueError(f"the model has a {kinds.pop().__name__}: choose one whose layers keep keys and values only")
 
 
-def _last_states(model, cache, ids, attention_mask, position_ids):
-    """The lm_head's input for the token that follows ids (R, P or 1), after what the cache holds: (R, d)."""
-    return model.base_model(input_ids=ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=True,
-                            **cache_argument(model.base_model, cache)).last_hidden_state[:, -1]
-
-
 class _Layer(DynamicLayer):
     """One layer of `_Slots`: views of its buffers, whose last column is the room for the token being computed."""
 
@@ -143,8 +137,7 @@ class _Slots(Cache):
         ids, mask = _left_pad([prompts[q] for q in distinct], pad_id, model.device)
         repeat = torch.tensor([distinct.index(q) for q in repeat], device=model.device)
         cache = DynamicCache()                                                 # without a config, windows keep it all
-        positions = (mask.long().cumsum(1) - 1).clamp(min=0)                   # left padding takes no position
-        states = _last_states(model, cache, ids, mask.long(), positions)       # (distinct, d)
+        states = hidden_states(model, ids, mask.long(), cache)[:, -1]          # (distinct, d)
         sources, dtype = [mask[:, None, :, None]], compute_dtype(model)        # DynamicCache keeps float32 in autocast
         sources += [x.to(dtype) for layer in cache.layers for x in (layer.keys, layer.values)]
         P, new = mask.shape[1], slice(self.rows, self.rows + len(repeat))
@@ -216,7 +209,7 @@ def _decode(model, prompts, group_size, pad_id, slots, max_new_tokens, temperatu
             row, token = row[left], token[left]
         if len(row):
             positions = (prompt_lengths + lengths)[row, None] - 1
-            states = _last_states(model, cache, token[:, None], cache.extend(waiting), positions)
+            states = hidden_states(model, token[:, None], cache.extend(waiting), cache, positions)[:, -1]
     return tokens, logprobs, hidden, lengths, finished
 
 

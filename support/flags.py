@@ -223,7 +223,8 @@ def recorded_flags(out, args, parser):
     except (ValueError, TypeError) as error:
         fail(f"--resume: {path} is damaged ({error}): start a new run with --model {out}/checkpoint")
     if missing:
-        fail(f"--resume: {path} lacks {', '.join(sorted(missing))[:200]}: start a new run with --model {out}/checkpoint")
+        fail(f"--resume: {path} lacks {', '.join(sorted(missing))[:200]}: start a new run with --model "
+             f"{out}/checkpoint")
     for name in ("reward", "method"):
         if is_user_code(recorded[name]) and getattr(args, name) != recorded[name]:
             fail(f"--resume would run {recorded[name]}, which {path} names: add --{name} {recorded[name]} if you "

@@ -3,8 +3,8 @@ import math
 
 import pytest
 import torch
-from transformers import (AutoModelForCausalLM, CohereConfig, FalconH1Config, Gemma2Config, Gemma3TextConfig, GPT2Config,
-                          GraniteConfig, LlamaConfig, PhiConfig, Qwen2Config)
+from transformers import (AutoModelForCausalLM, CohereConfig, FalconH1Config, Gemma2Config, Gemma3TextConfig,
+                          GPT2Config, GraniteConfig, LlamaConfig, PhiConfig, Qwen2Config)
 
 import grpo
 from support.models import checkpoint_activations

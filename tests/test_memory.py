@@ -182,7 +182,7 @@ def test_the_estimate_of_what_is_kept_and_cached_is_that_of_real_tensors():
         assert parts["reference"] == parts["bfloat16 copy"] == weights / 2, family
         cache = DynamicCache()
         model.bfloat16()(torch.ones(4, 20 + 12 + rollout.BUCKET, dtype=torch.long),
-                         **rollout.cache_argument(model, cache))
+                         **grpo.cache_argument(model, cache))
         stored = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
         assert parts["KV cache"] == stored, family
         sampled = rollout.generate(model, tokenizer, [[5] * 20, [6] * 20], 3, 12, max_sequences=4)

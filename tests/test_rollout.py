@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, MambaConfig,
                           PreTrainedTokenizerFast, Qwen2Config)
 
+import grpo
 import rollout
 from support.data import encode_prompt
 
@@ -477,8 +478,8 @@ def test_the_cache_is_passed_under_the_name_that_a_forward_has():
             pass
 
     cache = object()
-    assert rollout.cache_argument(Old(), cache) == {"past_key_values": cache}
-    assert rollout.cache_argument(New(), cache) == {"cache": cache}
+    assert grpo.cache_argument(Old(), cache) == {"past_key_values": cache}
+    assert grpo.cache_argument(New(), cache) == {"cache": cache}
 
 
 def test_sampling_gives_no_warning():
