@@ -21,7 +21,8 @@ Departures from the paper, each with its reason:
   2. A sampling temperature enters π = softmax(W h / temperature). The factor 1/temperature² of the derivative is
      left out: it scales s and τ alike and never changes the selection.
   3. An empty response has no mean, so it does not enter τ; without any correct token τ = +∞ selects nothing.
-  4. s̄⁺ is the printed sum, i = i' included. The words of §5 say "other" responses, which would lower τ.
+  4. s̄⁺ is the printed sum, i = i' included. The words of §5 say "other" responses: tau_over="others" leaves out what
+     y⁺_{i'} adds to its own s̄⁺, ‖M⁺ of y⁺_{i'} alone‖² / |y⁺_{i'}|. That lowers τ; with N⁺ = 1 it is 0.
   5. Groups with p = 0 or 1 come back unchanged (scores 0, τ = +∞, η = 1): there is nothing to compare.
   6. The printed Eq. 5 is a quantity of one y⁺_i. The sum over i, N⁺ times the mean, is what s⁻ and s⁺ add up to.
   7. η multiplies negative advantages only: with graded rewards a wrong response may have a positive one, no penalty.
@@ -106,7 +107,7 @@ def nthr_scores_pairwise(hidden, tokens, mask, correct, lm_head):
 
 @torch.no_grad()
 def nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs=None, vocabulary="responses", temperature=1.0,
-                chunk_size=512):
+                chunk_size=512, return_own=False):
     """Eq. 7 by M⁺ (App. 7.4), `chunk_size` tokens at a time: never T⁺ × T⁻ and never T × V at once.
 
     hidden (G, T, d): last-layer states that predict `tokens` (G, T), i.e. the input of lm_head (V, d).
@@ -115,6 +116,7 @@ def nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs=None, vocabular
     logprobs (G, T): the old policy's log π(tokens) at this temperature. "responses" then costs O(T |V*_x| d);
         without it the softmax normaliser costs one pass over V. "all" has every logit anyway and ignores it.
     Returns (G, T) float32: s⁻ on incorrect rows, s⁺ on correct rows, 0 on padding; accumulated in float32 or wider.
+    return_own: also (G,), ‖M⁺ of y⁺_i alone‖², what each y⁺_i adds to its own Σ_k s⁺ (0 on incorrect rows).
     Raises ValueError on wrong shapes or ids, non-finite numbers, and logprobs that make probabilities over V*_x clearly
     exceed 1; logprobs that are off in another way (such as another temperature) can go unnoticed."""
     mask, correct = _check_group(hidden, tokens, mask, correct, lm_head)
@@ -148,9 +150,14 @@ def nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs=None, vocabular
             pi[row, y[c]] -= 1
             return pi.neg_()
 
-        M = torch.zeros_like(W)                                                # M⁺ (U, d)
-        for c in positive.split(chunk_size):
-            M.addmm_(prediction_error(c).T, h[c].to(dtype))
+        M, own = torch.zeros_like(W), []                                       # M⁺ (U, d)
+        for response in positive.split(mask.sum(1)[correct].tolist() if return_own else len(y)):
+            part = torch.zeros_like(W) if return_own else M                    # M⁺ of one y⁺_i alone
+            for c in response.split(chunk_size):
+                part.addmm_(prediction_error(c).T, h[c].to(dtype))
+            if return_own:
+                M += part
+                own.append(part.norm().square().float())
         s, mass = [], []                                                       # one entry per chunk
         for c in chunks:
             error = prediction_error(c)
@@ -162,12 +169,16 @@ def nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs=None, vocabular
                          "predicts token k and is the lm_head's input; pass None only if logprobs alone are at fault")
     if not s.isfinite().all():
         raise ValueError("scores are not finite: lm_head holds NaN or infinity, or its logits or the scores overflow")
-    return torch.zeros(mask.shape, device=s.device).masked_scatter(mask, s)     # (G, T) float32
+    scores = torch.zeros(mask.shape, device=s.device).masked_scatter(mask, s)  # (G, T) float32
+    if not return_own:
+        return scores
+    return scores, scores.new_zeros(len(mask)).masked_scatter(correct, torch.stack(own))           # (G, T), (G,)
 
 
-def nthr_threshold(scores, mask, correct, beta=1.0):
+def nthr_threshold(scores, mask, correct, beta=1.0, own=None):
     """τ = β · min over correct responses of s̄⁺, the mean of s⁺ over the response's tokens (§5). Returns a () tensor.
 
+    own (G,): what `nthr_scores` returns with return_own; it is left out of s̄⁺, which is 0 where N⁺ = 1 (departure 4).
     β = −∞ gives τ = −∞: every negative token is selected (Table 4). Without any correct token τ = +∞."""
     if math.isnan(beta) or beta == math.inf:
         raise ValueError(f"beta must be a real number or -inf, got {beta}")
@@ -177,7 +188,10 @@ def nthr_threshold(scores, mask, correct, beta=1.0):
         return scores.new_tensor(math.inf)
     if beta == -math.inf:                                                      # −∞ · 0 would be NaN
         return scores.new_tensor(-math.inf)
-    return beta * ((scores * mask).sum(-1)[rows] / lengths[rows]).min()
+    total = (scores * mask).sum(-1)[rows]                                      # Σ_k s⁺ of each correct response
+    if own is not None:
+        total = total - own[rows] if len(total) > 1 else torch.zeros_like(total)
+    return beta * (total / lengths[rows]).min()
 
 
 def nthr_eta(success_rate, rule="2|0.5-p|"):
@@ -195,11 +209,12 @@ def nthr_eta(success_rate, rule="2|0.5-p|"):
 
 
 def nthr_advantages(advantages, hidden, tokens, mask, correct, lm_head, *, logprobs=None, beta=1.0, eta="2|0.5-p|",
-                    vocabulary="responses", temperature=1.0, chunk_size=512):
+                    vocabulary="responses", temperature=1.0, chunk_size=512, tau_over="all"):
     """Algorithm 1 for one whole group: the negative advantages of selected tokens are multiplied by η.
 
     advantages (G, T), or one per response, (G,) or (G, 1), expanded to (G, T). A wrong response with a
     positive one keeps it: Algorithm 1 weakens penalties. `selected` is Eq. 8's V⁻ all the same.
+    tau_over: the correct responses that s̄⁺ sums over, "all" as §5 prints, or the "others" as it says (departure 4).
     The other arguments are those of `nthr_scores`, `nthr_threshold` (beta) and `nthr_eta` (eta). Returns an `NTHR`;
     nothing is modified in place. Groups with p = 0 or 1 come back unchanged. ValueError as in those functions."""
     mask, correct = _check_group(hidden, tokens, mask, correct, lm_head)
@@ -208,13 +223,16 @@ def nthr_advantages(advantages, hidden, tokens, mask, correct, lm_head, *, logpr
     if advantages.shape not in ((G, T), (G,), (G, 1)):
         raise ValueError(f"advantages must have shape {(G, T)}, {(G,)} or {(G, 1)}, got {tuple(advantages.shape)}")
     advantages = (advantages[:, None] if advantages.dim() == 1 else advantages).expand(G, T).clone()
+    if tau_over not in ("all", "others"):
+        raise ValueError(f'tau_over must be "all" or "others", got {tau_over!r}')
     p = correct.sum().item() / G                                               # success rate N⁺/G
     eta = nthr_eta(p, eta)
     if p in (0, 1):
         scores = torch.zeros(mask.shape, device=mask.device)
         return NTHR(advantages, torch.zeros_like(mask), scores, scores.new_tensor(math.inf), 1.0)
-    scores = nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs, vocabulary, temperature, chunk_size)
-    tau = nthr_threshold(scores, mask, correct, beta)
+    group = hidden, tokens, mask, correct, lm_head, logprobs, vocabulary, temperature, chunk_size
+    scores, own = nthr_scores(*group, return_own=True) if tau_over == "others" else (nthr_scores(*group), None)
+    tau = nthr_threshold(scores, mask, correct, beta, own)
     selected = mask & ~correct[:, None] & (scores > tau)                       # Eq. 8
     return NTHR(torch.where(selected & (advantages < 0), advantages * eta, advantages), selected, scores, tau, eta)
 

@@ -273,6 +273,32 @@ def test_threshold_is_the_mean_self_influence_of_section_5():
     close(nthr_threshold(nthr_scores(*args, **ALL), mask, correct, beta=0.5), 0.5 * min(means))
 
 
+def test_threshold_over_the_others_leaves_out_what_a_response_adds_to_itself():
+    """s̄⁺ by the words of §5, "other" responses: Eq. 7 with i' alone as the correct one is taken off."""
+    with cases() as case:
+        for seed, correct in ((5, None), (6, [True, True, True, False, False]), (7, [False, True, False, False, False])):
+            hidden, tokens, mask, correct, lm_head = args = group(seed, correct=correct)
+            used = [i for i in range(len(mask)) if correct[i] and mask[i].any()]
+            for vocabulary, temperature in (("all", 1.0), ("responses", 1.0), ("responses", 0.7)):
+                columns = sorted(set(tokens[mask].tolist())) if vocabulary == "responses" else None
+                everyone = eq7(*args, columns, temperature)
+                means = []
+                for i in used:
+                    alone = eq7(hidden, tokens, mask, torch.arange(len(mask)) == i, lm_head, columns, temperature)
+                    means.append((everyone - alone)[i][mask[i]].mean().item())
+                for chunk_size in (1, 3, 512):
+                    result = nthr_advantages(torch.ones(mask.shape), *args, beta=0.5, vocabulary=vocabulary,
+                                             temperature=temperature, chunk_size=chunk_size, tau_over="others")
+                    with case((seed, vocabulary, temperature, chunk_size)):
+                        close(result.tau, 0.5 * min(means), 1e-4)
+                        close(result.scores, everyone)
+                        assert len(used) > 1 or result.tau == 0                # exactly: nothing is left
+                        assert result.selected.equal(mask & ~correct[:, None] & (result.scores > result.tau))
+    assert nthr_advantages(torch.ones(mask.shape), *args, beta=-math.inf, tau_over="others").tau == -math.inf
+    with pytest.raises(ValueError, match="tau_over must be"):
+        nthr_advantages(torch.ones(mask.shape), *args, tau_over="rest")
+
+
 def test_eta_rules():
     for rule, values in (("2|0.5-p|", [0.75, 0, 0.5, 1, 1]), ("p", [0.125, 0.5, 0.75, 0, 1]),
                          ("1-p", [0.875, 0.5, 0.25, 1, 0]), (0.3, [0.3] * 5), ("0.3", [0.3] * 5), (0, [0] * 5)):

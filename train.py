@@ -89,7 +89,7 @@ def credit_rule(args, generator, selections):
     def nthr(*group):                                                          # Algorithm 1
         try:
             result = nthr_advantages(*group[:-1], logprobs=group[-1], beta=args.beta, eta=args.eta,
-                                     vocabulary=args.nthr_vocab, temperature=args.temperature)
+                                     vocabulary=args.nthr_vocab, temperature=args.temperature, tau_over=args.tau_over)
         except ValueError as error:                                            # of numbers: the shapes fit
             raise FloatingPointError(f"{error}; try --dtype float32 or a higher --temperature") from None
         selections.append((result.tau.item(), result.eta, result.selected.sum().item()))

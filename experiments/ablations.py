@@ -43,17 +43,17 @@ from support.flags import parse_args as parse_train_flags
 
 matplotlib.use("Agg")                                                          # files only, no window
 TRAIN = common.ROOT / "train.py"
-SHORT = ["--steps=60", "--batch-size=16", "--minibatch-size=16", "--micro-batch-tokens=2048", "--eval-every=20",
-         "--eval-size=600"]                                                    # of an embedded model
+SHORT = ["--steps=60", "--batch-size=16", "--minibatch-size=16", "--micro-batch-tokens=2048", "--eval-every=0",
+         "--eval-size=600", "--delta-every=5"]                                 # of an embedded model
 QUICK = {"steps": 25, "seeds": 3, "tables": ["methods", "beta", "eta", "nll"]}
 METHODS = {"grpo": "GRPO", "pos-only": "Pos Only", "random": "GRPO + Random", "nthr": "NTHR"}
 NLL_COEF = 0.1                                                                 # App. 7.8
-SETTINGS = ("method", "beta", "eta", "nll_coef", "clip_eps", "kl_coef", "lr", "group_size", "batch_size",
+SETTINGS = ("method", "beta", "eta", "tau_over", "nll_coef", "clip_eps", "kl_coef", "lr", "group_size", "batch_size",
             "minibatch_size")                                                  # flags of train.py that tables vary
 MEANS = ("delta_mean", "delta_nonpositive_share", "selected_share", "clip_share")   # over all steps
 MEASURES = ("eval_accuracy", "success_rate", *MEANS, "seconds")
 TITLES = {
-    "methods": "Table 2: methods", "beta": "Table 4: β of the threshold τ", "eta": "Table 5: η",
+    "methods": "Table 2: methods", "beta": "Table 4: β of the threshold τ, and both readings of τ", "eta": "Table 5: η",
     "nll": f"App. 7.8: NLL of the correct responses, coefficient {NLL_COEF}",
     "clip": "Clipping and updates per step. With 1 update the ratio of Eq. 1 is exactly 1 and no clip acts: it is run "
             "once, with the default ε", "kl": "KL penalty", "lr": "Learning rate", "group-size": "Group size G"}
@@ -78,7 +78,8 @@ def layout(base):
     return {
         "methods": [row(method) for method in METHODS],
         "beta": [row("nthr", f", β = {label}", beta=beta)
-                 for label, beta in (("−∞", -math.inf), ("0", 0.0), ("0.1", 0.1), ("1", 1.0))],
+                 for label, beta in (("−∞", -math.inf), ("0", 0.0), ("0.1", 0.1), ("1", 1.0))] + [
+            row("nthr", f", β = {beta:g}, τ over the others", beta=beta, tau_over="others") for beta in (0.1, 1.0)],
         "eta": [row("nthr", f", η = {eta}", eta=eta) for eta in ("p", "1-p", "2|0.5-p|", "0")],
         "nll": both("no NLL", nll_coef=0.0) + both("NLL", nll_coef=NLL_COEF),
         "clip": both("1 update", minibatch_size=batch) + [
@@ -100,7 +101,7 @@ def run_name(settings, base):
 
 def baseline(settings, base):
     """The settings of the GRPO run to compare with, all else equal; of GRPO with NLL: without; of GRPO: None."""
-    grpo = {**settings, "method": "grpo", "beta": base["beta"], "eta": base["eta"]}
+    grpo = {**settings, "method": "grpo", **{name: base[name] for name in ("beta", "eta", "tau_over")}}
     if settings["method"] == "grpo":
         return {**grpo, "nll_coef": 0.0} if settings["nll_coef"] else None
     return grpo
@@ -224,7 +225,7 @@ def plot(made, path):
 def read_results(path):
     """The rows of results.csv: numbers as floats, what was not measured as None."""
     with path.open(newline="", encoding="utf-8") as file:
-        return [{name: value if name in ("run", "method", "eta") else float(value) if value else None
+        return [{name: value if name in ("run", "method", "eta", "tau_over") else float(value) if value else None
                  for name, value in row.items()} for row in csv.DictReader(file)]
 
 
