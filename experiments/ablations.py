@@ -39,7 +39,7 @@ from matplotlib import pyplot as plt
 from support.checkpoint import checkpoints
 from support.data import EMBEDDED, TINY
 from support.errors import fail, printable
-from support.flags import parse_args as parse_train_flags
+from support.flags import is_user_code, parse_args as parse_train_flags
 
 matplotlib.use("Agg")                                                          # files only, no window
 TRAIN = common.ROOT / "train.py"
@@ -50,26 +50,31 @@ METHODS = {"grpo": "GRPO", "pos-only": "Pos Only", "random": "GRPO + Random", "n
 NLL_COEF = 0.1                                                                 # App. 7.8
 SETTINGS = ("method", "beta", "eta", "tau_over", "nll_coef", "clip_eps", "kl_coef", "lr", "group_size", "batch_size",
             "minibatch_size")                                                  # flags of train.py that tables vary
+RULES = [f"experiments/multipliers.py:{name}" for name in (
+    "nthr_others", "random_tokens", "lowest_entropy", "highest_entropy", "highest_probability", "lowest_probability",
+    "errors_alone", "states_alone", "top_10_percent", "top_20_percent", "top_50_percent", "ar", "resrl")]
 MEANS = ("delta_mean", "delta_nonpositive_share", "selected_share", "clip_share")   # over all steps
 MEASURES = ("eval_accuracy", "success_rate", *MEANS, "seconds")
 TITLES = {
-    "methods": "Table 2: methods", "beta": "Table 4: β of the threshold τ, and both readings of τ", "eta": "Table 5: η",
+    "methods": "Table 2: methods", "beta": "Table 4: β of the threshold τ, and both readings of τ", "rules": "Other rules", "eta": "Table 5: η",
     "nll": f"App. 7.8: NLL of the correct responses, coefficient {NLL_COEF}",
     "clip": "Clipping and updates per step. With 1 update the ratio of Eq. 1 is exactly 1 and no clip acts: it is run "
             "once, with the default ε", "kl": "KL penalty", "lr": "Learning rate", "group-size": "Group size G"}
 SHOWN = (("success_rate", 1, 100), ("delta_mean", 4, 1), ("delta_nonpositive_share", 1, 100),   # digits, factor
          ("selected_share", 2, 100), ("clip_share", 3, 100), ("seconds", 0, 1))
 HEADER = ("setting", "greedy accuracy ± standard error, %", "seeds", "difference, points [95% interval]",
-          "compared with", "success rate, last 10 steps, %", "Δ, nats", "Δ ≤ 0, %", "tokens selected, %",
+          "p (Holm)", "compared with", "success rate, last 10 steps, %", "Δ, nats", "Δ ≤ 0, %", "tokens selected, %",
           "tokens clipped, %", "seconds")
 
 
 # ------------------------------------------------------------------------------------------- settings, tables, numbers
 
-def layout(base):
-    """{table: [(label, settings)]}; settings and `base`, the plain run's, are dicts of the names in SETTINGS."""
+def layout(base, rules=()):
+    """{table: [(label, settings)]}; settings and `base`, the plain run's, are dicts of the names in SETTINGS.
+
+    rules: FILE.py:FUNCTION each, for the table "rules"."""
     def row(method, label="", **changes):
-        return METHODS[method] + label, {**base, "method": method, **changes}
+        return METHODS.get(method, method.rpartition(":")[2]) + label, {**base, "method": method, **changes}
 
     def both(label, **changes):
         return [row(method, f", {label}", **changes) for method in ("grpo", "nthr")]
@@ -80,6 +85,7 @@ def layout(base):
         "beta": [row("nthr", f", β = {label}", beta=beta)
                  for label, beta in (("−∞", -math.inf), ("0", 0.0), ("0.1", 0.1), ("1", 1.0))] + [
             row("nthr", f", β = {beta:g}, τ over the others", beta=beta, tau_over="others") for beta in (0.1, 1.0)],
+        "rules": [row(method) for method in ("grpo", "nthr", *rules)] if rules else [],
         "eta": [row("nthr", f", η = {eta}", eta=eta) for eta in ("p", "1-p", "2|0.5-p|", "0")],
         "nll": both("no NLL", nll_coef=0.0) + both("NLL", nll_coef=NLL_COEF),
         "clip": both("1 update", minibatch_size=batch) + [
@@ -96,7 +102,7 @@ def run_name(settings, base):
     """The method and what differs from the plain run: "nthr", "grpo-lr=0.0003", ..."""
     values = {name: value if isinstance(value, str) else f"{value:g}" for name, value in settings.items()}
     changed = [f"{name}={values[name]}" for name in SETTINGS[1:] if settings[name] != base[name]]
-    return "-".join([settings["method"], *changed]).replace("|", "")           # no | in folder names on Windows
+    return "-".join([settings["method"].rpartition(":")[2], *changed]).replace("|", "")     # no | in Windows' folders
 
 
 def baseline(settings, base):
@@ -107,23 +113,46 @@ def baseline(settings, base):
     return grpo
 
 
-def t_quantile(df):
-    """t with P(|T| < t) = 0.95 for Student's T, by bisection of the closed form for whole df >= 1.
+def t_inside(t, df):
+    """P(|T| < t) for Student's T with a whole df >= 1.
 
     Abramowitz & Stegun 26.7.3 (odd df) and 26.7.4 (even df), with θ = arctan(t / √df)."""
-    def inside(t):                                                             # P(|T| < t)
-        theta, odd = math.atan(t / math.sqrt(df)), df % 2
-        term = total = (math.cos(theta) if df > 1 else 0.0) if odd else 1.0
-        for k in range(2 + odd, df - 1, 2):
-            term *= math.cos(theta) ** 2 * (k - 1) / k
-            total += term
-        return 2 / math.pi * (theta + math.sin(theta) * total) if odd else math.sin(theta) * total
+    theta, odd = math.atan(t / math.sqrt(df)), df % 2
+    term = total = (math.cos(theta) if df > 1 else 0.0) if odd else 1.0
+    for k in range(2 + odd, df - 1, 2):
+        term *= math.cos(theta) ** 2 * (k - 1) / k
+        total += term
+    return 2 / math.pi * (theta + math.sin(theta) * total) if odd else math.sin(theta) * total
 
+
+def t_quantile(df):
+    """t with P(|T| < t) = 0.95, by bisection."""
     low, high = 0.0, 13.0                                                      # df = 1: 12.7
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < 0.95 else (low, middle)
+        low, high = (middle, high) if t_inside(middle, df) < 0.95 else (low, middle)
     return low
+
+
+def paired(differences):
+    """Of differences seed by seed: {"difference": mean, "low", "high": its 95% interval, "p": two-sided, of Student's t}.
+
+    None where there are too few; no p where all are equal."""
+    difference, error = mean(differences) if differences else None, standard_error(differences)
+    low = high = p = None
+    if error is not None:
+        half = t_quantile(len(differences) - 1) * error
+        low, high = difference - half, difference + half
+        p = 1 - t_inside(abs(difference) / error, len(differences) - 1) if error else None
+    return {"difference": difference, "low": low, "high": high, "p": p}
+
+
+def holm(p_values):
+    """{name: p} -> {name: p corrected by Holm's step-down method}, in any order."""
+    corrected, least = {}, 0.0
+    for k, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        corrected[name] = least = max(least, min(1.0, (len(p_values) - k) * p))
+    return corrected
 
 
 def standard_error(values):
@@ -134,7 +163,7 @@ def tables(results):
     """{table: [row]} from the rows of results.csv; a row holds means over its finished seeds, None if not measured.
 
     accuracy, its standard error, difference (to the baseline run, over the `pairs` seeds that both have), low and high
-    (its 95% interval) are shares of 1."""
+    (its 95% interval) are shares of 1. p is corrected by Holm's method over all the runs of the file."""
     plain = next(row for row in results if row["run"] == "grpo")
     base = {name: plain[name] for name in SETTINGS}
     finished = {}                                                              # run -> {seed: its row}
@@ -142,9 +171,10 @@ def tables(results):
         seeds = finished.setdefault(row["run"], {})
         if row["eval_accuracy"] is not None:
             seeds[row["seed"]] = row
-    made = {}
-    for table, lines in layout(base).items():
-        if not all(run_name(settings, base) in finished for _, settings in lines):
+    made, p_values, rules = {}, {}, [method for method in dict.fromkeys(row["method"] for row in results)
+                                     if method not in METHODS]
+    for table, lines in layout(base, rules).items():
+        if not lines or not all(run_name(settings, base) in finished for _, settings in lines):
             continue                                                           # not among the --tables of this file
         made[table] = []
         for label, settings in lines:
@@ -157,14 +187,12 @@ def tables(results):
             row["standard_error"] = standard_error([measured["eval_accuracy"] for measured in seeds.values()])
             differences = [seeds[seed]["eval_accuracy"] - finished[against][seed]["eval_accuracy"]
                            for seed in seeds if seed in finished.get(against, {})]
-            row["pairs"] = len(differences)
-            row["difference"] = mean(differences) if differences else None
-            if (error := standard_error(differences)) is not None:
-                half = t_quantile(len(differences) - 1) * error
-                row["low"], row["high"] = row["difference"] - half, row["difference"] + half
-            else:
-                row["low"] = row["high"] = None
-            made[table].append(row)
+            made[table].append({**row, "pairs": len(differences), **paired(differences)})
+            if (p := made[table][-1]["p"]) is not None:
+                p_values[run] = p
+    corrected = holm(p_values)
+    for row in (row for rows in made.values() for row in rows):
+        row["p"] = corrected.get(row["run"])
     return made
 
 
@@ -193,7 +221,7 @@ def to_markdown(made):
     parts = []
     for table, rows in made.items():
         lines = [(row["setting"], f"{number(row['eval_accuracy'], 2, 100)} ± {number(row['standard_error'], 2, 100)}",
-                  row["seeds"], interval(row), row["against"] or "–",
+                  row["seeds"], interval(row), number(row["p"], 3), row["against"] or "–",
                   *(number(row[name], digits, factor) for name, digits, factor in SHOWN)) for row in rows]
         parts += [f"## {TITLES[table]}", common.markdown(HEADER, lines)]
         if table == "methods":
@@ -263,7 +291,8 @@ def start_run(folder, flags, environment):
         shutil.rmtree(folder)                                                  # torn before its first checkpoint
     folder.mkdir(parents=True, exist_ok=True)
     if resumed:
-        flags = [flag for flag in flags if flag.startswith("--reward=")]       # code, which a resumed run must be given
+        flags = [flag for flag in flags if flag.startswith(("--reward=", "--method="))
+                 and is_user_code(flag.partition("=")[2])]                     # which a resumed run must be given
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         return subprocess.Popen(
             [sys.executable, str(TRAIN), *flags, f"--{'resume' if resumed else 'out'}={folder}"],
@@ -328,6 +357,8 @@ def parse_args(argv):
                                      allow_abbrev=False)
     add = parser.add_argument
     add("--model", help="Hugging Face id or local folder (default: the embedded model in tiny/)")
+    add("--rules", nargs="+", metavar="FILE.py:FUNCTION", default=RULES, help="the functions of --method in the table "
+        "rules (default: those of experiments/multipliers.py)")
     for flag, help in (("--data", 'JSON or JSONL file, or "math"'), ("--eval-data", "file for greedy evaluation"),
                        ("--reward", '"math", or FILE.py:FUNCTION')):
         add(flag, help=f"{help} (default: that of train.py)")
@@ -361,8 +392,10 @@ def main(argv=None):
     if "clip" in args.tables and plain.batch_size % 4:
         fail(f"the table clip takes up to 4 updates a step: --batch-size must be a multiple of 4, got "
              f"{plain.batch_size}")
+    if "rules" in args.tables:
+        common.load_rules(args.rules, METHODS)                                 # one line for what is wrong with them
     base = {name: getattr(plain, name) for name in SETTINGS}
-    chosen = [settings for table in args.tables for _, settings in layout(base)[table]]
+    chosen = [settings for table in args.tables for _, settings in layout(base, args.rules)[table]]
     chosen = [{**base, "method": "grpo"}, *filter(None, (baseline(settings, base) for settings in chosen)), *chosen]
     runs = {run_name(settings, base): settings for settings in chosen}
     seeds, waiting, out = range(args.seed, args.seed + args.seeds), [], common.make_folder(args.out)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))                                                  # the top-level modules
 
 from rollout import Rollout, generate  # noqa: E402
-from support.data import EMBEDDED, TINY, encode_prompts, load_problems, load_reward, step_seed  # noqa: E402
+from support.data import EMBEDDED, TINY, encode_prompts, load_function, load_problems, load_reward, step_seed  # noqa: E402
 from support.errors import fail  # noqa: E402
 from support.flags import flag_adder, model_defaults, model_folder  # noqa: E402
 from support.models import choose_device, load_model, load_pretrained  # noqa: E402
@@ -60,6 +60,7 @@ def build_parser(doc, script, questions, eta):
     add("--out", help=f"output folder (default: runs/{script}-MODEL)")
     add = flag_adder(parser.add_argument_group("NTHR (Eq. 7, Eq. 8)"))
     add("--beta", type=float, default=1.0, help="β of the threshold τ")
+    add("--tau-over", default="all", choices=["all", "others"], help="the right responses that s̄⁺ of τ sums over")
     add("--eta", default=eta, help="η: a rule of Table 5 or a number in [0, 1]")
     add("--nthr-vocab", default="responses", choices=["responses", "all"], help="V*_x (App. 7.4), or Eq. 7 exactly")
     parser.set_defaults(script=script, questions_by_model=questions)
@@ -88,6 +89,14 @@ def parse_flags(parser, argv):
     args.out = args.out or f"runs/{args.script}-{Path(args.model).resolve().name}"
     args.model = model_folder(args.model)
     return args
+
+
+def load_rules(sources, taken):
+    """{name: function} of FILE.py:FUNCTION each, as of train.py's --method; one line if two have one name."""
+    names = [source.rpartition(":")[2] for source in sources]
+    if len({*names} - {*taken}) < len(names):
+        fail(f"--rules must be functions of different names, none of {', '.join(taken)}, got {' '.join(names)}")
+    return {name: load_function("--rules", source) for name, source in zip(names, sources)}
 
 
 def load_model_and_prompts(args):

@@ -67,6 +67,8 @@ def build_parser():
     add("--layer", type=int, nargs="+", default=[], help="also score with the hidden states of these layers "
         "(0: embeddings; the last one, which the paper uses, comes after the final norm)")
     add("--normalize", action="store_true", help="also score with the cosine of the hidden states, not the dot product")
+    add("--rules", nargs="+", default=[], metavar="FILE.py:FUNCTION", help="also update with these functions, as of "
+        "train.py's --method (they have an η of their own)")
     add("--overlap", action="store_true", help="bin the questions by what the wrong answers share with the right ones")
     return parser
 
@@ -97,14 +99,16 @@ def layer_states(model, group, layer, rows_at_once):
 
 
 def scores_from(features, hidden, tokens, mask, correct, lm_head, **options):
-    """Eq. 7 with π from `hidden` as always, but with ⟨·,·⟩ taken of `features` (G, T, d). Returns (G, T).
+    """Eq. 7 with π from `hidden` as always, but with ⟨·,·⟩ taken of `features` (G, T, d). Returns what `nthr_scores` does
+    with return_own: (G, T) and (G,).
 
     Eq. 7 is linear in the inner product, and lm_head columns of zeros leave π alone: scores of [hidden, features] are
     those of hidden plus those wanted. Features are first scaled to the norm of hidden, which scales s and τ alike."""
     features = features * (hidden[mask].norm() / features[mask].norm())
     both = nthr_scores(torch.cat([hidden, features], -1).double(), tokens, mask, correct,
-                       torch.cat([lm_head, torch.zeros_like(lm_head)], -1), **options)
-    return both - nthr_scores(hidden.double(), tokens, mask, correct, lm_head, **options)
+                       torch.cat([lm_head, torch.zeros_like(lm_head)], -1), return_own=True, **options)
+    alone = nthr_scores(hidden.double(), tokens, mask, correct, lm_head, return_own=True, **options)
+    return both[0] - alone[0], both[1] - alone[1]
 
 
 def backward(model, group, old, advantages, temperature, rows_at_once):
@@ -172,17 +176,18 @@ def variant_name(layer, normalize):
     return f"layer {layer}, {'cosine' if normalize else 'dot product'}"
 
 
-def study(model, initial, group, generator, variants, lrs, args):
-    """One question: its row of questions.csv, which holds the layer variants too, and {method: {lr: Δ(x)}}.
+def study(model, initial, group, generator, variants, rules, lrs, args):
+    """One question: its row of questions.csv, which holds variants and rules too, and {method: {lr: Δ(x)}}.
 
-    variants: (layer, whether its states are normalised), the paper's first; the others are measured at --lr alone."""
+    variants: (layer, whether its states are normalised), the paper's first; rules: {name: a function as of train.py's
+    --method}. Δ(x) of the other variants and of the rules is measured at --lr alone."""
     _, _, _, tokens, mask = group_inputs(group)
     correct, lm_head = group.correct, model.get_output_embeddings().weight.detach()
     old, hidden = initial_policy(model, group, args.temperature, args.micro_batch_size)
     grpo = group_advantages(correct.float()[None]).view(-1, 1).repeat(1, mask.shape[1])            # (G, T)
     options = {"vocabulary": args.nthr_vocab, "temperature": args.temperature}
     nthr = nthr_advantages(grpo, hidden, tokens, mask, correct, lm_head, logprobs=old, beta=args.beta, eta=args.eta,
-                           **options)
+                           tau_over=args.tau_over, **options)
     randomly = random_selection(nthr.selected, mask, correct, generator)
     advantages = {"grpo": grpo, "pos-only": pos_only(grpo), "nthr": nthr.advantages,
                   "random": torch.where(randomly, nthr.eta * grpo, grpo)}
@@ -190,11 +195,14 @@ def study(model, initial, group, generator, variants, lrs, args):
     for layer, normalize in variants[1:]:
         features = hidden if layer == variants[0][0] else layer_states(model, group, layer, args.micro_batch_size)
         features = features / features.norm(dim=-1, keepdim=True) if normalize else features
-        scores = scores_from(features, hidden, tokens, mask, correct, lm_head, logprobs=old, **options)
-        chosen = mask & ~correct[:, None] & (scores > nthr_threshold(scores, mask, correct, args.beta))
+        scores, own = scores_from(features, hidden, tokens, mask, correct, lm_head, logprobs=old, **options)
+        tau = nthr_threshold(scores, mask, correct, args.beta, own if args.tau_over == "others" else None)
+        chosen = mask & ~correct[:, None] & (scores > tau)
         selections[layer, normalize] = chosen
         advantages[layer, normalize] = torch.where(chosen, nthr.eta * grpo, grpo)
     selections[variants[0]], advantages[variants[0]] = nthr.selected, nthr.advantages
+    for name, rule in rules.items():
+        advantages[name] = rule(grpo, hidden, tokens, mask, correct, lm_head, old)
     deltas = {}
     for name, A in advantages.items():
         same = next((other for other in deltas if torch.equal(A, advantages[other])), None)
@@ -209,7 +217,11 @@ def study(model, initial, group, generator, variants, lrs, args):
            "tokens": int(mask.sum()), "negative_tokens": int(mask[~correct].sum()),
            "selected": int(nthr.selected.sum()), "tau": nthr.tau.item(), "eta": nthr.eta,
            "gwhes": -minus_gwhes, "theory_limit": limit, "overlap": shared_tokens(group)}
-    row |= {f"delta {method}": deltas[method][args.lr] for method in METHODS}
+    row |= {f"delta {name}": deltas[name][args.lr] for name in (*METHODS, *rules)}
+    if rules:
+        wrong = mask & ~correct[:, None]
+        row |= {f"relief {name}": 1 - (advantages[name][wrong].sum() / grpo[wrong].sum()).item()
+                for name in (*METHODS, *rules)}
     for variant, chosen in selections.items() if len(selections) > 1 else ():
         name = variant_name(*variant)
         row |= {f"selected {name}": int(chosen.sum()), f"selected in both {name}": int((chosen & nthr.selected).sum()),
@@ -276,6 +288,25 @@ def step_table(curves, lrs):
                       "GRPO Δ ≤ 0": (delta["grpo"] <= 0).mean(),
                       **{f"{name} above GRPO": (delta[method] > delta["grpo"]).mean()
                          for method, name in (("nthr", "NTHR"), ("random", "Random"))}})
+    return table
+
+
+def mean_interval(values, samples=10_000):
+    """The 95% interval of a mean over questions: quantiles of its bootstrap, of a fixed seed."""
+    drawn = np.random.default_rng(0).choice(values, (samples, len(values))).mean(1)
+    return np.quantile(drawn, (0.025, 0.975))
+
+
+def rule_table(rows, rules):
+    """Other rules beside the methods: Δ(x) against GRPO's and NTHR's, and the share of the penalty that goes."""
+    grpo, nthr, table = column(rows, "delta grpo"), column(rows, "delta nthr"), []
+    for name in (*METHODS, *rules):
+        delta, row = column(rows, f"delta {name}"), {"rule": METHODS.get(name, name)}
+        row["penalty removed"] = column(rows, f"relief {name}").mean()
+        for other, reference in (("GRPO", grpo), ("NTHR", nthr)):
+            low, high = mean_interval(delta - reference)
+            row[f"mean Δ − {other}'s [95%]"] = f"{(delta - reference).mean():+.2e} [{low:+.2e}, {high:+.2e}]"
+        table.append({**row, **compared_with_grpo(delta, grpo), "above NTHR": (delta > nthr).mean()})
     return table
 
 
@@ -373,6 +404,7 @@ def main(argv=None):
         nthr_eta(0.5, args.eta), nthr_threshold(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1), args.beta)
     except ValueError as error:
         fail(f"--eta {args.eta}, --beta {args.beta}: {error}")
+    rules = common.load_rules(args.rules, METHODS)
     start = time.perf_counter()
     model, tokenizer, problems, prompts = common.load_model_and_prompts(args)
     layers = model.config.get_text_config().num_hidden_layers
@@ -386,7 +418,7 @@ def main(argv=None):
     model = common.to_float64(model)
     initial = [parameter.detach().clone() for parameter in model.parameters()]
     generator = torch.Generator().manual_seed(args.seed)
-    rows, curves = map(list, zip(*(study(model, initial, group, generator, variants, lrs, args)
+    rows, curves = map(list, zip(*(study(model, initial, group, generator, variants, rules, lrs, args)
                                    for group in tqdm(groups, desc="one update per method", unit=" questions"))))
     error, theory = theory_line(rows)
     tables = {f"Δ(x) after one {args.optimizer} step of size {args.lr:g}": method_table(rows),
@@ -394,6 +426,8 @@ def main(argv=None):
               "Step size": step_table(curves, lrs)}
     if len(variants) > 1:
         tables["Other hidden states in Eq. 7"] = layer_table(rows, [variant_name(*v) for v in variants])
+    if rules:
+        tables["Other rules"] = rule_table(rows, rules)
     if args.overlap:
         tables["Questions by what their wrong answers share with the right ones"] = overlap_table(rows)
     seconds = time.perf_counter() - start

@@ -52,7 +52,9 @@ CLIP = [f"{eps}minibatch_size={minibatch}" for minibatch in (8, 4) for eps in ("
 # table: (run, the run that it is compared with), from the paper's tables and this file's own reading of them
 ROWS = {
     "methods": [("grpo", ""), ("pos-only", "grpo"), ("random", "grpo"), ("nthr", "grpo")],
-    "beta": [("nthr-beta=-inf", "grpo"), ("nthr-beta=0", "grpo"), ("nthr-beta=0.1", "grpo"), ("nthr", "grpo")],
+    "beta": [("nthr-beta=-inf", "grpo"), ("nthr-beta=0", "grpo"), ("nthr-beta=0.1", "grpo"), ("nthr", "grpo"),
+             ("nthr-beta=0.1-tau_over=others", "grpo"), ("nthr-tau_over=others", "grpo")],
+    "rules": [("grpo", ""), ("nthr", "grpo"), ("half", "grpo"), ("none", "grpo")],
     "eta": [("nthr-eta=p", "grpo"), ("nthr-eta=1-p", "grpo"), ("nthr", "grpo"), ("nthr-eta=0", "grpo")],
     "nll": [("grpo", ""), ("nthr", "grpo"), ("grpo-nll_coef=0.1", "grpo"), ("nthr-nll_coef=0.1", "grpo-nll_coef=0.1")],
     "clip": [("grpo", ""), ("nthr", "grpo"),
@@ -64,8 +66,8 @@ ROWS = {
            ("nthr-lr=0.001", "grpo-lr=0.001")],
     "group-size": [("grpo-group_size=4", ""), ("nthr-group_size=4", "grpo-group_size=4"), ("grpo", ""),
                    ("nthr", "grpo"), ("grpo-group_size=16", ""), ("nthr-group_size=16", "grpo-group_size=16")]}
-SHORT = ("--steps=60", "--batch-size=16", "--minibatch-size=16", "--micro-batch-tokens=2048", "--eval-every=20",
-         "--eval-size=600")                                                    # the documented settings of tiny
+SHORT = ("--steps=60", "--batch-size=16", "--minibatch-size=16", "--micro-batch-tokens=2048", "--eval-every=0",
+         "--eval-size=600", "--delta-every=5")                                 # the documented settings of tiny
 
 
 # ---------------------------------------------------------------------------------------------------------- helpers
@@ -78,6 +80,8 @@ def stand_in(tmp_path, monkeypatch):
     (folder / "train.py").write_text(STAND_IN)
     plain = vars(train_flags(*SHORT, "--steps=12", "--seed=0"))
     (folder / "plain.json").write_text(json.dumps(plain))
+    (tmp_path / "rules.py").write_text("def half(advantages, *_):\n    return advantages / 2\n\n\n"
+                                       "def none(advantages, *_):\n    return advantages * 0\n")
     monkeypatch.setattr(ablations, "TRAIN", folder / "train.py")
     monkeypatch.chdir(tmp_path)
     return folder
@@ -132,7 +136,26 @@ def inside(t, df):
     return 2 * (weights * density).sum() * (u[1] - u[0]) / 3
 
 
+def student_p(differences):
+    """Two-sided p of Student's paired t-test."""
+    t = differences.mean() / differences.std(ddof=1) * math.sqrt(len(differences))
+    return 1 - inside(abs(t), len(differences) - 1)
+
+
 # ------------------------------------------------------------------------------------------------------------ numbers
+
+def test_holm_by_hand():
+    """Sorted, the k-th smallest of m is multiplied by m − k + 1, is at least the one before, and at most 1."""
+    assert ablations.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}) == pytest.approx(
+        {"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06})
+    assert ablations.holm({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0} and ablations.holm({}) == {}
+
+
+def test_paired_differences_that_cannot_be_judged():
+    nothing = dict.fromkeys(("difference", "low", "high", "p"))
+    assert ablations.paired([]) == nothing and ablations.paired([0.5]) == {**nothing, "difference": 0.5}
+    assert ablations.paired([0.5, 0.5]) == {"difference": 0.5, "low": 0.5, "high": 0.5, "p": None}
+
 
 def test_the_t_quantile_leaves_5_percent_of_the_density_outside():
     found = {df: inside(ablations.t_quantile(df), df) for df in (1, 2, 3, 4, 5, 9, 10, 30)}
@@ -155,17 +178,17 @@ def test_the_verdict_says_which_side_of_zero_the_interval_is_on():
 # ----------------------------------------------------------------------------------------- with a stand-in for train.py
 
 @pytest.mark.parametrize("chosen, count", [
-    (("methods", "nll"), 6), pytest.param(tuple(ROWS), 38, marks=pytest.mark.full)], ids=["some", "all"])
+    (("methods", "nll"), 6), pytest.param(tuple(ROWS), 42, marks=pytest.mark.full)], ids=["some", "all"])
 def test_every_setting_is_one_run_and_the_tables_follow_from_the_csv(stand_in, capsys, chosen, count):
-    ablate("--seeds", 3, "--seed", 4, "--tables", *chosen)
+    ablate("--seeds", 3, "--seed", 4, "--tables", *chosen, "--rules", "rules.py:half", "rules.py:none")
     printed, started = capsys.readouterr().out, dict(calls(stand_in))
     names = {run for table in chosen for run, _ in ROWS[table]}
     assert len(names) == count
     assert started.keys() == {f"{name}-seed{seed}" for name in names for seed in (4, 5, 6)}
-    plain = json.loads((stand_in / "plain.json").read_text())
+    plain, paths = json.loads((stand_in / "plain.json").read_text()), {"half": "rules.py:half", "none": "rules.py:none"}
     for name in names:                                                         # its name says all that is changed
         method, *changed = re.split("-(?=[a-z_]+=)", name)
-        changes = {"method": method, "seed": 5, **dict(change.split("=") for change in changed)}
+        changes = {"method": paths.get(method, method), "seed": 5, **dict(change.split("=") for change in changed)}
         for flag, value in vars(train_flags(*started[f"{name}-seed5"])).items():
             if flag != "out":
                 assert value == type(value)(changes[flag]) if flag in changes else value == plain[flag], (name, flag)
@@ -189,9 +212,12 @@ def test_every_setting_is_one_run_and_the_tables_follow_from_the_csv(stand_in, c
     recorded = json.loads(Path("out/results.json").read_text())
     assert recorded["seed"] == 4 and set(recorded["tables"]) == set(chosen)
     markdown = Path("out/tables.md").read_text()
+    accuracies = {run: np.array([float(found[run][seed]["eval_accuracy"]) for seed in (4, 5, 6)]) for run in found}
+    p_values = ablations.holm({run: student_p(accuracies[run] - accuracies[against])
+                               for table in chosen for run, against in ROWS[table] if against})
     for table in chosen:                                                       # the tables from results.csv
         for row, (run, against) in zip(recorded["tables"][table], ROWS[table], strict=True):
-            accuracy = np.array([float(found[run][seed]["eval_accuracy"]) for seed in (4, 5, 6)])
+            accuracy = accuracies[run]
             error = accuracy.std(ddof=1) / math.sqrt(3)
             assert (row["run"], row["against"] or "", row["seeds"]) == (run, against, 3)
             assert row["pairs"] == (3 if against else 0)
@@ -200,17 +226,17 @@ def test_every_setting_is_one_run_and_the_tables_follow_from_the_csv(stand_in, c
             setting = row["setting"].replace("|", "\\|")                        # a "|" would end the cell
             text = f"| {setting} | {100 * accuracy.mean():.2f} ± {100 * error:.2f} | 3 | "
             if against:
-                other = np.array([float(found[against][seed]["eval_accuracy"]) for seed in (4, 5, 6)])
-                difference = accuracy - other
+                difference = accuracy - accuracies[against]
                 error = difference.std(ddof=1) / math.sqrt(3)
                 assert row["difference"] == pytest.approx(difference.mean(), rel=1e-9)
                 assert row["high"] - row["difference"] == pytest.approx(row["difference"] - row["low"], rel=1e-9)
                 assert inside((row["high"] - row["difference"]) / error, df=2) == pytest.approx(0.95, abs=1e-9)
                 text += (f"{100 * difference.mean():+.2f} [{100 * row['low']:+.2f}, {100 * row['high']:+.2f}] | "
-                         f"{against} | ")
+                         f"{p_values[run]:.3f} | {against} | ")
+                assert row["p"] == pytest.approx(p_values[run], abs=1e-9)
             else:
-                assert row["difference"] is row["low"] is row["high"] is None
-                text += "– | – | "
+                assert row["difference"] is row["low"] is row["high"] is row["p"] is None
+                text += "– | – | – | "
             assert text in markdown and text in printed
             for key in ("success_rate", "delta_mean", "delta_nonpositive_share", "clip_share", "selected_share",
                         "seconds"):
@@ -275,7 +301,7 @@ def test_a_failed_run_is_shown_the_others_go_on_and_a_restart_retries_it(stand_i
     rows = {row["run"]: row for row in json.loads(Path("out/results.json").read_text())["tables"]["methods"]}
     assert [rows[run]["seeds"] for run in ("grpo", "pos-only", "random", "nthr")] == [2, 3, 0, 3]
     assert [rows[run]["pairs"] for run in ("grpo", "pos-only", "random", "nthr")] == [0, 2, 0, 2]
-    assert rows["random"]["eval_accuracy"] is None and "| GRPO + Random | – ± – | 0 | – | grpo |" in printed
+    assert rows["random"]["eval_accuracy"] is None and "| GRPO + Random | – ± – | 0 | – | – | grpo |" in printed
     accuracy = {run: [float(results()[run][seed]["eval_accuracy"]) for seed in (0, 2)] for run in ("grpo", "nthr")}
     assert rows["nthr"]["difference"] == pytest.approx(np.subtract(accuracy["nthr"], accuracy["grpo"]).mean())
     half = (rows["nthr"]["high"] - rows["nthr"]["low"]) / 2                    # over two pairs: df = 1
@@ -349,6 +375,8 @@ def test_bad_flags_end_with_one_line_and_start_nothing(stand_in):
         (("--method", "grpo"), "--method and --resume are set for each run"),
         (("--eval-only",), "--eval-only trains none"),
         (("--batch-size", 6, "--minibatch-size", 3), "--batch-size must be a multiple of 4, got 6"),
+        (("--tables", "rules", "--rules", "rules.py:half", "other.py:half"), "different names, none of grpo"),
+        (("--tables", "rules", "--rules", "rules.py:third"), "rules.py defines no function third"),
         (("--lr", -1), "--lr must be"), (("--reward", "nothing"), "--reward"), (("--seed", -1), "--seed must be"),
         (("--micro-batch-tokens", 0), "--micro-batch-tokens must be at least 1")])
     assert calls(stand_in) == []

@@ -22,7 +22,8 @@ GROUPS = {   # title: its flags and the defaults that the help must show; None w
                        '\\boxed{}.", for others nothing',
         "eval-size": "embedded model 500, real model 200"},
     "method (Eq. 7, Eq. 8, Algorithm 1)": {
-        "method": "nthr", "beta": "1.0", "eta": "2|0.5-p|", "nthr-vocab": "responses"},
+        "method": "nthr", "beta": "1.0", "eta": "2|0.5-p|", "nthr-vocab": "responses",
+        "tau-over": "all"},
     "sampling (§2, App. 7.3)": {
         "group-size": "8", "batch-size": "embedded model 32, real model 32", "temperature": "1.0",
         "max-new-tokens": "embedded model 64, real model 2500", "sampling-rounds": "1",
@@ -80,7 +81,7 @@ def test_help_shows_each_flag_in_its_group_with_its_default_on_80_columns(monkey
                 wrong.append((name, text))
         wrong += [line for line in (section[1] if section else "").splitlines() if len(line) > 80]
     assert wrong == []
-    assert len(printed.out.splitlines()) <= 145                                # three screens
+    assert len(printed.out.splitlines()) <= 150                                # three screens
 
 
 def test_every_flag_is_explained():

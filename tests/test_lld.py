@@ -6,12 +6,13 @@ import math
 import statistics
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers import ENVIRONMENT, ROOT, wrong_endings
+from helpers import ENVIRONMENT, ROOT, write, wrong_endings
 from support.data import encode_prompts, load_problems
 
 pytest.importorskip("matplotlib")
@@ -24,16 +25,25 @@ SAMPLING = ["--max-sequences", "64", "--seed", "3", "--device", "cpu"]
 N = 4
 FLAGS = [*SAMPLING, "--questions", str(N), "--sweep", "0.01", "--layer", "1", "--normalize", "--overlap"]
 METHODS = ("grpo", "pos-only", "random", "nthr")
+RULES = """
+def halved(advantages, hidden, tokens, mask, correct, lm_head, logprobs):
+    return advantages * (1 - 0.5 * (advantages < 0))
+
+
+def right_only(advantages, *_):
+    return advantages.clamp(min=0)
+"""
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     """The script at a small size: its folder and rows as numbers; the model as it was, and the groups of the run."""
     out, kept = tmp_path_factory.mktemp("lld"), []
+    rules = write(out / "rules.py", RULES)
     sample = common.mixed_groups
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "mixed_groups", lambda *args: kept.append(sample(*args)) or kept[0])
-        lld.main([*FLAGS, "--out", str(out)])
+        lld.main([*FLAGS, "--rules", f"{rules}:halved", f"{rules}:right_only", "--out", str(out)])
     with (out / "questions.csv").open(encoding="utf-8") as file:
         rows = [{key: value if key == "problem" else float(value) for key, value in row.items()}
                 for row in csv.DictReader(file)]
@@ -84,8 +94,10 @@ def test_each_update_is_one_plain_sgd_step_on_the_question(result):
     _, rows, model, groups = result
     for i in (0, 3):
         factors = grpo_factors(groups[i])
-        expected = [update_and_measure(model, groups[i], each, 1e-3) for each in (factors, factors.clamp(min=0))]
-        assert [rows[i]["delta grpo"], rows[i]["delta pos-only"]] == pytest.approx(expected, rel=1e-7), i
+        expected = [update_and_measure(model, groups[i], each, 1e-3)
+                    for each in (factors, factors.clamp(min=0), torch.where(factors < 0, factors / 2, factors))]
+        found = [rows[i][f"delta {name}"] for name in ("grpo", "pos-only", "halved")]
+        assert found == pytest.approx(expected, rel=1e-7) and rows[i]["delta right_only"] == found[1], i
 
 
 def test_nthr_relieves_the_tokens_above_the_threshold_fully(result):
@@ -128,7 +140,7 @@ def test_the_parameters_are_put_back_and_equal_advantages_share_an_update(result
     args = common.parse_flags(lld.build_parser(), [*FLAGS, "--lr", "1", "--beta", "1e9"])      # nothing is selected
     model = common.to_float64(copy.deepcopy(model))
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    row, deltas = lld.study(model, before, groups[0], torch.Generator(), [(3, False)], [1.0], args)
+    row, deltas = lld.study(model, before, groups[0], torch.Generator(), [(3, False)], {}, [1.0], args)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
     assert row["selected"] == 0 and deltas["grpo"] == deltas["nthr"] == deltas["random"] != deltas["pos-only"]
 
@@ -194,7 +206,7 @@ def test_theorem_4_4_holds_on_the_questions_of_the_run(result):
 def test_scores_from_other_states_keep_alpha_and_replace_the_inner_product():
     hidden, tokens, mask, correct, W = random_group(7)
     features = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(8)) * 50
-    scores = lld.scores_from(features, hidden, tokens, mask, correct, W, vocabulary="all")
+    scores, own = lld.scores_from(features, hidden, tokens, mask, correct, W, vocabulary="all")
     scale = (hidden[mask].square().sum() / features[mask].square().sum()).item()
     error = torch.nn.functional.one_hot(tokens, len(W)) - torch.softmax(hidden @ W.T, -1)
     for b in mask.nonzero().tolist():
@@ -203,6 +215,10 @@ def test_scores_from_other_states_keep_alpha_and_replace_the_inner_product():
             if correct[a[0]]:
                 expected += (error[a] @ error[b] * (features[a] @ features[b])).item() * scale
         assert scores[b].item() == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    for i in range(len(mask)):
+        pairs = [(a, b) for a in range(5) for b in range(5) if mask[i, a] and mask[i, b] and correct[i]]
+        expected = sum((error[i, a] @ error[i, b] * (features[i, a] @ features[i, b])).item() for a, b in pairs) * scale
+        assert own[i].item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_layer_states_are_those_of_the_model(result):
@@ -236,7 +252,7 @@ def test_tables_are_those_of_the_csv(result):
     record = json.loads((out / "results.json").read_text())
     tables = list(record["tables"].values())
     assert record["seed"] == 3 and record["sampled"] >= N and record["command"].startswith("python experiments/")
-    methods, table1, steps, layers, overlap = tables
+    methods, table1, steps, layers, rules, overlap = tables
     assert [row["method"] for row in methods] == ["GRPO", "Pos Only", "GRPO + Random", "GRPO + NTHR"]
     for method, row in zip(METHODS, methods):
         delta = [r[f"delta {method}"] for r in rows]
@@ -275,10 +291,27 @@ def test_tables_are_those_of_the_csv(result):
         selected, both = (sum(r[f"selected{infix} {name}"] for r in rows) for infix in ("", " in both"))
         assert row["Jaccard with the first row"] == pytest.approx(
             both / (selected + sum(r["selected"] for r in rows) - both))
+    assert [row["rule"] for row in rules] == [*(row["method"] for row in methods), "halved", "right_only"]
+    for name, row in zip((*METHODS, "halved", "right_only"), rules):
+        for other in ("grpo", "nthr"):
+            mean = statistics.mean(r[f"delta {name}"] - r[f"delta {other}"] for r in rows)
+            assert row[f"mean Δ − {other.upper()}'s [95%]"].startswith(f"{mean:+.2e} [")
+        assert row["above NTHR"] == sum(r[f"delta {name}"] > r["delta nthr"] for r in rows) / N
+        assert [row[at] for at in ("above GRPO", "below")] == [
+            sum(sign * (r[f"delta {name}"] - r["delta grpo"]) > 0 for r in rows) / N for sign in (1, -1)]
+    assert [row["penalty removed"] for row in rules[:2] + rules[4:]] == pytest.approx([0, 1, 0.5, 1])
+    assert rules[3]["penalty removed"] == pytest.approx(                        # η is 0, a group's Â⁻ are all equal
+        statistics.mean(r["selected"] / r["negative_tokens"] for r in rows))
     assert sum(row["questions"] for row in overlap) == N
     part = sorted(rows, key=lambda r: r["overlap"])[:1]
     assert overlap[0]["difference"] == pytest.approx(
         statistics.mean(r["delta nthr"] - r["delta grpo"] for r in part))
+
+
+def test_the_interval_of_a_mean_is_that_of_all_resamples():
+    values = lld.np.array([0.0, 1.0, 5.0, 7.0])
+    means = [statistics.mean(drawn) for drawn in product(values.tolist(), repeat=4)]           # 256, equally likely
+    assert lld.mean_interval(values) == pytest.approx(lld.np.quantile(means, (0.025, 0.975)), abs=0.26)
 
 
 def test_overlap_of_k_by_hand():
@@ -341,6 +374,7 @@ def test_pictures_and_tables_are_written(result):
 
 def test_bad_flags_end_with_one_line(tmp_path):
     assert not wrong_endings(lambda flags: lld.main(["--out", str(tmp_path), *flags]), [
+        (["--rules", "x.py:nthr"], "none of grpo, pos-only"), (["--rules", "none.py:f"], "none.py cannot be run"),
         (["--layer", "4"], "--layer must be 0 (embeddings) to 3"), (["--lr", "0"], "--lr must be finite and above 0"),
         (["--sweep", "nan"], "--sweep must be"), (["--questions", "0"], "--questions must be at least 1"),
         (["--group-size", "1"], "--group-size must be at least 2"),
@@ -368,7 +402,8 @@ def test_help(capsys):
 
 @pytest.mark.full
 def test_every_script_can_be_started_from_another_folder(tmp_path):
-    scripts = [*(ROOT / "experiments").glob("*.py"), ROOT / "tiny" / "make_tiny.py", ROOT / "tiny" / "make_stack.py"]
+    scripts = {*(ROOT / "experiments").glob("*.py")} - {ROOT / "experiments" / "multipliers.py"}     # functions only
+    scripts |= {ROOT / "tiny" / "make_tiny.py", ROOT / "tiny" / "make_stack.py"}
     for script in scripts:
         result = subprocess.run([sys.executable, "-W", "error::FutureWarning", script, "--help"], cwd=tmp_path,
                                 text=True, capture_output=True, timeout=120, encoding="utf-8", env=ENVIRONMENT)
