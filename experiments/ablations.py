@@ -50,9 +50,6 @@ METHODS = {"grpo": "GRPO", "pos-only": "Pos Only", "random": "GRPO + Random", "n
 NLL_COEF = 0.1                                                                 # App. 7.8
 SETTINGS = ("method", "beta", "eta", "tau_over", "nll_coef", "clip_eps", "kl_coef", "lr", "group_size", "batch_size",
             "minibatch_size")                                                  # flags of train.py that tables vary
-RULES = [f"experiments/multipliers.py:{name}" for name in (
-    "nthr_others", "random_tokens", "lowest_entropy", "highest_entropy", "highest_probability", "lowest_probability",
-    "errors_alone", "states_alone", "top_10_percent", "top_20_percent", "top_50_percent", "ar", "resrl")]
 MEANS = ("delta_mean", "delta_nonpositive_share", "selected_share", "clip_share")   # over all steps
 MEASURES = ("eval_accuracy", "success_rate", *MEANS, "seconds")
 TITLES = {
@@ -357,7 +354,7 @@ def parse_args(argv):
                                      allow_abbrev=False)
     add = parser.add_argument
     add("--model", help="Hugging Face id or local folder (default: the embedded model in tiny/)")
-    add("--rules", nargs="+", metavar="FILE.py:FUNCTION", default=RULES, help="the functions of --method in the table "
+    add("--rules", nargs="+", metavar="FILE.py:FUNCTION", default=common.RULES, help="the functions of --method in the table "
         "rules (default: those of experiments/multipliers.py)")
     for flag, help in (("--data", 'JSON or JSONL file, or "math"'), ("--eval-data", "file for greedy evaluation"),
                        ("--reward", '"math", or FILE.py:FUNCTION')):

@@ -67,8 +67,8 @@ def build_parser():
     add("--layer", type=int, nargs="+", default=[], help="also score with the hidden states of these layers "
         "(0: embeddings; the last one, which the paper uses, comes after the final norm)")
     add("--normalize", action="store_true", help="also score with the cosine of the hidden states, not the dot product")
-    add("--rules", nargs="+", default=[], metavar="FILE.py:FUNCTION", help="also update with these functions, as of "
-        "train.py's --method (they have an η of their own)")
+    add("--rules", nargs="*", metavar="FILE.py:FUNCTION", help="also update with these functions, as of train.py's "
+        "--method, which set their own η (none: those of experiments/multipliers.py)")
     add("--overlap", action="store_true", help="bin the questions by what the wrong answers share with the right ones")
     return parser
 
@@ -404,7 +404,7 @@ def main(argv=None):
         nthr_eta(0.5, args.eta), nthr_threshold(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1), args.beta)
     except ValueError as error:
         fail(f"--eta {args.eta}, --beta {args.beta}: {error}")
-    rules = common.load_rules(args.rules, METHODS)
+    rules = {} if args.rules is None else common.load_rules(args.rules or common.RULES, METHODS)
     start = time.perf_counter()
     model, tokenizer, problems, prompts = common.load_model_and_prompts(args)
     layers = model.config.get_text_config().num_hidden_layers

@@ -2,7 +2,7 @@
 
 python train.py --method experiments/multipliers.py:lowest_entropy                   # train with one of them
 python experiments/ablations.py --tables rules --seeds 12                            # train with each of them
-python experiments/lld.py --eta "2|0.5-p|" --tau-over others --rules experiments/multipliers.py:lowest_entropy
+python experiments/lld.py --eta "2|0.5-p|" --tau-over others --rules                 # one update with each of them
 
 A rule takes a group's advantages (G, T), hidden (G, T, d), tokens (G, T), mask (G, T), correct (G,), lm_head (V, d) and
 logprobs (G, T), and returns new advantages (G, T). Rules that choose by another score weaken as many tokens of each
