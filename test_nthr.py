@@ -276,7 +276,7 @@ def test_threshold_is_the_mean_self_influence_of_section_5():
 def test_threshold_over_the_others_leaves_out_what_a_response_adds_to_itself():
     """s̄⁺ by the words of §5, "other" responses: Eq. 7 with i' alone as the correct one is taken off."""
     with cases() as case:
-        for seed, correct in ((5, None), (6, [True, True, True, False, False]), (7, [False, True, False, False, False])):
+        for seed, correct in ((5, None), (6, [True] * 3 + [False] * 2), (7, [False, True] + [False] * 3)):
             hidden, tokens, mask, correct, lm_head = args = group(seed, correct=correct)
             used = [i for i in range(len(mask)) if correct[i] and mask[i].any()]
             for vocabulary, temperature in (("all", 1.0), ("responses", 1.0), ("responses", 0.7)):

@@ -53,7 +53,8 @@ SETTINGS = ("method", "beta", "eta", "tau_over", "nll_coef", "clip_eps", "kl_coe
 MEANS = ("delta_mean", "delta_nonpositive_share", "selected_share", "clip_share")   # over all steps
 MEASURES = ("eval_accuracy", "success_rate", *MEANS, "seconds")
 TITLES = {
-    "methods": "Table 2: methods", "beta": "Table 4: β of the threshold τ, and both readings of τ", "rules": "Other rules", "eta": "Table 5: η",
+    "methods": "Table 2: methods", "beta": "Table 4: β of the threshold τ, and both readings of τ",
+    "rules": "Other rules", "eta": "Table 5: η",
     "nll": f"App. 7.8: NLL of the correct responses, coefficient {NLL_COEF}",
     "clip": "Clipping and updates per step. With 1 update the ratio of Eq. 1 is exactly 1 and no clip acts: it is run "
             "once, with the default ε", "kl": "KL penalty", "lr": "Learning rate", "group-size": "Group size G"}
@@ -132,7 +133,7 @@ def t_quantile(df):
 
 
 def paired(differences):
-    """Of differences seed by seed: {"difference": mean, "low", "high": its 95% interval, "p": two-sided, of Student's t}.
+    """{"difference": mean of differences seed by seed, "low", "high": its 95% interval, "p"}, two-sided Student's t.
 
     None where there are too few; no p where all are equal."""
     difference, error = mean(differences) if differences else None, standard_error(differences)
@@ -354,8 +355,8 @@ def parse_args(argv):
                                      allow_abbrev=False)
     add = parser.add_argument
     add("--model", help="Hugging Face id or local folder (default: the embedded model in tiny/)")
-    add("--rules", nargs="+", metavar="FILE.py:FUNCTION", default=common.RULES, help="the functions of --method in the table "
-        "rules (default: those of experiments/multipliers.py)")
+    add("--rules", nargs="+", metavar="FILE.py:FUNCTION", default=common.RULES, help="the functions of --method in the "
+        "table rules (default: those of experiments/multipliers.py)")
     for flag, help in (("--data", 'JSON or JSONL file, or "math"'), ("--eval-data", "file for greedy evaluation"),
                        ("--reward", '"math", or FILE.py:FUNCTION')):
         add(flag, help=f"{help} (default: that of train.py)")

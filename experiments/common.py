@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))                                                  # the top-level modules
 
 from rollout import Rollout, generate  # noqa: E402
-from support.data import EMBEDDED, TINY, encode_prompts, load_function, load_problems, load_reward, step_seed  # noqa: E402
+from support.data import (EMBEDDED, TINY, encode_prompts, load_function, load_problems, load_reward,  # noqa: E402
+                          step_seed)
 from support.errors import fail  # noqa: E402
 from support.flags import flag_adder, model_defaults, model_folder  # noqa: E402
 from support.models import choose_device, load_model, load_pretrained  # noqa: E402

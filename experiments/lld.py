@@ -99,8 +99,9 @@ def layer_states(model, group, layer, rows_at_once):
 
 
 def scores_from(features, hidden, tokens, mask, correct, lm_head, **options):
-    """Eq. 7 with π from `hidden` as always, but with ⟨·,·⟩ taken of `features` (G, T, d). Returns what `nthr_scores` does
-    with return_own: (G, T) and (G,).
+    """Eq. 7 with π from `hidden` as always, but with ⟨·,·⟩ taken of `features` (G, T, d).
+
+    Returns what `nthr_scores` does with return_own: (G, T) and (G,).
 
     Eq. 7 is linear in the inner product, and lm_head columns of zeros leave π alone: scores of [hidden, features] are
     those of hidden plus those wanted. Features are first scaled to the norm of hidden, which scales s and τ alike."""

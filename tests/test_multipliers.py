@@ -102,7 +102,7 @@ def test_quantiles_of_the_groups_own_scores():
                          if group[3][i, k] and not group[4][i]), reverse=True)
         for percent in (10, 20, 50):
             found = {(row, k) for row, columns in weakened(f"top_{percent}_percent", group).items() for k in columns}
-            count = math.ceil((len(ranked) - 1) * percent / 100)               # above a quantile between two of n values
+            count = math.ceil((len(ranked) - 1) * percent / 100)               # above a quantile of n values
             assert found == {(i, k) for _, i, k in ranked[:count]}, (seed, percent)
 
 
@@ -110,7 +110,8 @@ def test_ar_by_hand():
     group = random_group(3)
     made = RULES["ar"](*group)
     for i, k in group[3].nonzero().tolist():
-        assert made[i, k].item() == pytest.approx(group[0][i, k].item() * (0.3 * math.exp(group[6][i, k]) + 0.7), rel=1e-5)
+        factor = 0.3 * math.exp(group[6][i, k]) + 0.7
+        assert made[i, k].item() == pytest.approx(group[0][i, k].item() * factor, rel=1e-5)
 
 
 def test_resrl_by_the_eigenvectors_of_the_right_tokens():

@@ -203,7 +203,9 @@ def main(task=SUMS):
     parser = argparse.ArgumentParser(description="Regenerates an embedded model and its problems.")
     parser.add_argument("--seed", type=int, default=0, help="seeds problems, weights and sampling")
     parser.add_argument("--out", type=Path, default=task.folder, help="folder to write")
+    parser.add_argument("--target", type=float, default=task.target, help="sampled accuracy to stop at")
     args = parser.parse_args()
+    task.target = args.target
     torch.set_num_threads(1)  # sums split over threads differ in their last bit
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
