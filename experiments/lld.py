@@ -361,9 +361,10 @@ def plot_bars(rows, methods, title, path):
     shown = np.concatenate([column(rows, f"delta {method}")[order] for method in methods])
     # linear up to the median, logarithmic beyond: a few questions move a hundred times as far as most
     axes.set_yscale("symlog", linthresh=float(np.median(np.abs(shown))) or 1.0)
-    axes.set(xlabel="questions, sorted by GRPO's Δ(x)", ylabel="Δ(x), nats (linear to the median)", title=title,
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set(xlabel="questions, sorted by GRPO's Δ(x)", ylabel="Δ(x), nats (linear to the median)",
              xlim=(-1, len(order)), xticks=[], ylim=(1.5 * min(0, shown.min()), 1.5 * max(0, shown.max())))
-    axes.legend(frameon=False, loc="upper left")
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(methods))      # beside the title
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
