@@ -3,6 +3,7 @@ r"""Figures 1 and 4 and Table 1: what ONE update on a question's own samples doe
 python experiments/lld.py                                        # embedded model, 200 questions, 1 minute, 2 CPU cores
 python experiments/lld.py --layer 0 1 2 3 --normalize --overlap  # with the tables on what the paper leaves open
 python experiments/lld.py --model tiny/stack                     # programs instead of sums, 1 minute
+python experiments/lld.py --optimizer sgd adamw                  # both from the same gradients, a folder for each
 python experiments/lld.py --model Qwen/Qwen2.5-0.5B              # a real model, one GPU, 50 questions of MATH
 
 For each question, G responses are sampled from the same initial policy; groups with both right and wrong answers are
@@ -58,11 +59,12 @@ THEORY_LR = 1e-6   # small enough for a derivative, large enough for float64
 def build_parser():
     parser = common.build_parser(__doc__, "lld", questions=(200, 50), eta="0")                 # §5.3
     add = flag_adder(parser.add_argument_group("the one update"))
-    add("--optimizer", choices=OPTIMIZERS, default="sgd", help="plain SGD (Theorem 4.4), or a fresh AdamW: a "
-        "sign step")
-    add("--lr", type=float, help="step size of the figures and tables (default: sgd 1e-3, adamw 1e-4)")
-    add("--sweep", type=float, nargs="*", metavar="LR", help="further step sizes, for the table and picture of Δ(x) as "
-        "a function of the step; none: no further ones (default: sgd 1e-6 to 1, adamw 1e-6 to 1e-3)")
+    add("--optimizer", choices=OPTIMIZERS, nargs="+", default=["sgd"], help="plain SGD (Theorem 4.4), or a fresh "
+        "AdamW: a sign step; several are run from the same gradients")
+    add("--lr", type=float, nargs="+", help="step size of the figures and tables, one per optimizer (default: sgd "
+        "1e-3, adamw 1e-4)")
+    add("--sweep", type=float, nargs="*", metavar="LR", help="further step sizes of each optimizer, for the table and "
+        "picture of Δ(x) as a function of the step; none: no further ones (default: sgd 1e-6 to 1, adamw 1e-6 to 1e-3)")
     add = flag_adder(parser.add_argument_group("what the paper leaves open"))
     add("--layer", type=int, nargs="+", default=[], help="also score with the hidden states of these layers "
         "(0: embeddings; the last one, which the paper uses, comes after the final norm)")
@@ -177,11 +179,11 @@ def variant_name(layer, normalize):
     return f"layer {layer}, {'cosine' if normalize else 'dot product'}"
 
 
-def study(model, initial, group, generator, variants, rules, lrs, args):
-    """One question: its row of questions.csv, which holds variants and rules too, and {method: {lr: Δ(x)}}.
+def study(model, initial, group, generator, variants, rules, steps, args):
+    """One question: for each optimizer its row of questions.csv, with variants and rules, and {method: {lr: Δ(x)}}.
 
     variants: (layer, whether its states are normalised), the paper's first; rules: {name: a function as of train.py's
-    --method}. Δ(x) of the other variants and of the rules is measured at --lr alone."""
+    --method}; steps: {optimizer: (the --lr, at which alone other variants and rules are measured, all step sizes)}."""
     _, _, _, tokens, mask = group_inputs(group)
     correct, lm_head = group.correct, model.get_output_embeddings().weight.detach()
     old, hidden = initial_policy(model, group, args.temperature, args.micro_batch_size)
@@ -211,23 +213,25 @@ def study(model, initial, group, generator, variants, rules, lrs, args):
             deltas[name] = deltas[same]
             continue
         backward(model, group, old, A, args.temperature, args.micro_batch_size)
-        deltas[name] = updated_likelihoods(model, initial, group, old, lrs if name in METHODS else [args.lr],
-                                           args.optimizer, args.temperature, args.micro_batch_size)
+        deltas[name] = {optimizer: updated_likelihoods(
+            model, initial, group, old, lrs if name in METHODS else [lr], optimizer, args.temperature,
+            args.micro_batch_size) for optimizer, (lr, lrs) in steps.items()}
     limit, minus_gwhes = theory_check(hidden, tokens, mask, correct, lm_head / args.temperature)
     row = {"index": group.index, "problem": group.problem, "group_size": len(correct), "correct": int(correct.sum()),
            "tokens": int(mask.sum()), "negative_tokens": int(mask[~correct].sum()),
            "selected": int(nthr.selected.sum()), "tau": nthr.tau.item(), "eta": nthr.eta,
            "gwhes": -minus_gwhes, "theory_limit": limit, "overlap": shared_tokens(group)}
-    row |= {f"delta {name}": deltas[name][args.lr] for name in (*METHODS, *rules)}
     if rules:
         wrong = mask & ~correct[:, None]
         row |= {f"relief {name}": 1 - (advantages[name][wrong].sum() / grpo[wrong].sum()).item()
                 for name in (*METHODS, *rules)}
     for variant, chosen in selections.items() if len(selections) > 1 else ():
         name = variant_name(*variant)
-        row |= {f"selected {name}": int(chosen.sum()), f"selected in both {name}": int((chosen & nthr.selected).sum()),
-                f"delta {name}": deltas[variant][args.lr]}
-    return row, {method: deltas[method] for method in METHODS}
+        row |= {f"selected {name}": int(chosen.sum()), f"selected in both {name}": int((chosen & nthr.selected).sum())}
+    names = {name: variant_name(*name) if name in selections else name for name in deltas}
+    return {optimizer: ({**row, **{f"delta {names[name]}": deltas[name][optimizer][lr] for name in deltas}},
+                        {method: deltas[method][optimizer] for method in METHODS})
+            for optimizer, (lr, _) in steps.items()}
 
 
 def column(rows, name):
@@ -395,13 +399,46 @@ def theory_line(rows):
                    f"questions within {error:.1e} of the largest")
 
 
+def write_report(out, rows, curves, variants, rules, optimizer, lr, heading, source, args):
+    """Tables, CSVs and pictures of one optimizer. rows, curves: what `study` returns, of all questions."""
+    error, theory = theory_line(rows)
+    lrs = sorted(curves[0]["grpo"])
+    tables = {f"Δ(x) after one {optimizer} step of size {lr:g}": method_table(rows),
+              "Table 1: do the laziest questions have the largest GWHES?": gwhes_table(rows),
+              "Step size": step_table(curves, lrs)}
+    if len(variants) > 1:
+        tables["Other hidden states in Eq. 7"] = layer_table(rows, [variant_name(*v) for v in variants])
+    if rules:
+        tables["Other rules"] = rule_table(rows, rules)
+    if args.overlap:
+        tables["Questions by what their wrong answers share with the right ones"] = overlap_table(rows)
+    lines = [heading, "", f"    {source['command']}", ""]
+    for title, table in tables.items():
+        lines += [f"**{title}**", "", to_markdown(table), ""]
+    print("\n".join(lines), theory, sep="\n")
+    (out / "tables.md").write_text("\n".join([*lines, theory, ""]), encoding="utf-8")
+    common.write_csv(out / "questions.csv", rows)
+    common.write_json(out / "results.json", {**source, "tables": tables, "theory_error": error})
+    common.write_csv(out / "steps.csv", [
+        {"index": row["index"], "step size": lr, **{f"delta {method}": curve[method][lr] for method in METHODS}}
+        for row, curve in zip(rows, curves) for lr in lrs])
+    setting = f"{Path(args.model).resolve().name}, one {optimizer} step of size {lr:g}"
+    plot_bars(rows, ("grpo", "pos-only"), f"Figure 1: {setting}", out / "figure1.png")
+    plot_bars(rows, ("grpo", "random", "nthr"), f"Figure 4: {setting}", out / "figure4.png")
+    plot_steps(curves, lrs, out / "step_size.png")
+
+
 def main(argv=None):
     args = common.parse_flags(build_parser(), argv)
-    args.lr = {"sgd": 1e-3, "adamw": 1e-4}[args.optimizer] if args.lr is None else args.lr
-    args.sweep = STEPS[args.optimizer] if args.sweep is None else args.sweep
-    for flag, values in (("lr", [args.lr]), ("sweep", args.sweep)):
+    args.optimizer = list(dict.fromkeys(args.optimizer))
+    args.lr = args.lr or [{"sgd": 1e-3, "adamw": 1e-4}[optimizer] for optimizer in args.optimizer]
+    for flag, values in (("lr", args.lr), ("sweep", args.sweep or [])):
         if not all(0 < lr < math.inf for lr in values):
             fail(f"--{flag} must be finite and above 0, got {values}")
+    if len(args.lr) != len(args.optimizer):
+        fail(f"--lr must be one per --optimizer ({' '.join(args.optimizer)}), got {args.lr}")
+    steps = {optimizer: (lr, sorted({lr, *(STEPS[optimizer] if args.sweep is None else args.sweep)}))
+             for optimizer, lr in zip(args.optimizer, args.lr)}
     try:
         nthr_eta(0.5, args.eta), nthr_threshold(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1), args.beta)
     except ValueError as error:
@@ -414,42 +451,20 @@ def main(argv=None):
         fail(f"--layer must be 0 (embeddings) to {layers} (after the final norm), got {args.layer}")
     variants = [(layer, normalize) for layer in dict.fromkeys([layers, *args.layer])               # the paper's first
                 for normalize in ((False, True) if args.normalize else (False,))]
-    lrs = sorted({args.lr, *args.sweep})
     out = common.make_folder(args.out)
     groups, sampled = common.mixed_groups(model, tokenizer, problems, prompts, args)
     model = common.to_float64(model)
     initial = [parameter.detach().clone() for parameter in model.parameters()]
     generator = torch.Generator().manual_seed(args.seed)
-    rows, curves = map(list, zip(*(study(model, initial, group, generator, variants, rules, lrs, args)
-                                   for group in tqdm(groups, desc="one update per method", unit=" questions"))))
-    error, theory = theory_line(rows)
-    tables = {f"Δ(x) after one {args.optimizer} step of size {args.lr:g}": method_table(rows),
-              "Table 1: do the laziest questions have the largest GWHES?": gwhes_table(rows),
-              "Step size": step_table(curves, lrs)}
-    if len(variants) > 1:
-        tables["Other hidden states in Eq. 7"] = layer_table(rows, [variant_name(*v) for v in variants])
-    if rules:
-        tables["Other rules"] = rule_table(rows, rules)
-    if args.overlap:
-        tables["Questions by what their wrong answers share with the right ones"] = overlap_table(rows)
-    seconds = time.perf_counter() - start
-    source = common.provenance(args, seconds)
-    lines = [f"{len(rows)} questions with right and wrong answers of {sampled} sampled, G = {args.group_size}, seed "
-             f"{args.seed}, {seconds:.0f} s on {source['machine']}:", "", f"    {source['command']}", ""]
-    for title, table in tables.items():
-        lines += [f"**{title}**", "", to_markdown(table), ""]
-    print("\n".join(lines), theory, sep="\n")
-    (out / "tables.md").write_text("\n".join([*lines, theory, ""]), encoding="utf-8")
-    common.write_csv(out / "questions.csv", rows)
-    common.write_json(out / "results.json", {**source, "questions": len(rows), "sampled": sampled, "tables": tables,
-                                             "theory_error": error})
-    common.write_csv(out / "steps.csv", [
-        {"index": row["index"], "step size": lr, **{f"delta {method}": curve[method][lr] for method in METHODS}}
-        for row, curve in zip(rows, curves) for lr in lrs])
-    setting = f"{Path(args.model).resolve().name}, one {args.optimizer} step of size {args.lr:g}"
-    plot_bars(rows, ("grpo", "pos-only"), f"Figure 1: {setting}", out / "figure1.png")
-    plot_bars(rows, ("grpo", "random", "nthr"), f"Figure 4: {setting}", out / "figure4.png")
-    plot_steps(curves, lrs, out / "step_size.png")
+    studies = [study(model, initial, group, generator, variants, rules, steps, args)
+               for group in tqdm(groups, desc="one update per method", unit=" questions")]
+    source = {**common.provenance(args, time.perf_counter() - start), "questions": len(groups), "sampled": sampled}
+    heading = (f"{len(groups)} questions with right and wrong answers of {sampled} sampled, G = {args.group_size}, seed "
+               f"{args.seed}, {source['seconds']:.0f} s on {source['machine']}:")
+    for optimizer, (lr, _) in steps.items():
+        rows, curves = map(list, zip(*(found[optimizer] for found in studies)))
+        folder = common.make_folder(out / optimizer) if len(steps) > 1 else out
+        write_report(folder, rows, curves, variants, rules, optimizer, lr, heading, source, args)
 
 
 if __name__ == "__main__":

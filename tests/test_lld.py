@@ -129,18 +129,23 @@ def test_nthr_relieves_the_tokens_above_the_threshold_fully(result):
 @pytest.mark.full
 def test_adamw_is_a_fresh_sign_step_and_a_seed_samples_the_same_again(result, tmp_path):
     _, _, model, groups = result
-    lld.main([*SAMPLING, "--questions", "1", "--optimizer", "adamw", "--sweep", "--out", str(tmp_path)])
-    row = next(csv.DictReader((tmp_path / "questions.csv").open(encoding="utf-8")))
+    lld.main([*SAMPLING, "--questions", "1", "--optimizer", "adamw", "sgd", "--lr", "1e-4", "1e-3",
+              "--sweep", "--out", str(tmp_path)])
+    sgd, row = (next(csv.DictReader((tmp_path / name / "questions.csv").open(encoding="utf-8"))) for name in
+                ("sgd", "adamw"))
     expected = update_and_measure(model, groups[0], grpo_factors(groups[0]), 1e-4, adam=True)
     assert float(row["delta grpo"]) == pytest.approx(expected, rel=1e-5)       # Eq. 1's weights are float32
+    expected = update_and_measure(model, groups[0], grpo_factors(groups[0]), 1e-3)
+    assert float(sgd["delta grpo"]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_parameters_are_put_back_and_equal_advantages_share_an_update(result):
     _, _, model, groups = result
-    args = common.parse_flags(lld.build_parser(), [*FLAGS, "--lr", "1", "--beta", "1e9"])      # nothing is selected
+    args = common.parse_flags(lld.build_parser(), [*FLAGS, "--beta", "1e9"])    # nothing is selected
     model = common.to_float64(copy.deepcopy(model))
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    row, deltas = lld.study(model, before, groups[0], torch.Generator(), [(3, False)], {}, [1.0], args)
+    row, deltas = lld.study(model, before, groups[0], torch.Generator(), [(3, False)], {}, {"sgd": (1.0, [1.0])},
+                            args)["sgd"]
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
     assert row["selected"] == 0 and deltas["grpo"] == deltas["nthr"] == deltas["random"] != deltas["pos-only"]
 
@@ -376,7 +381,7 @@ def test_bad_flags_end_with_one_line(tmp_path):
     assert not wrong_endings(lambda flags: lld.main(["--out", str(tmp_path), *flags]), [
         (["--rules", "x.py:nthr"], "none of grpo, pos-only"), (["--rules", "none.py:f"], "none.py cannot be run"),
         (["--layer", "4"], "--layer must be 0 (embeddings) to 3"), (["--lr", "0"], "--lr must be finite and above 0"),
-        (["--sweep", "nan"], "--sweep must be"), (["--questions", "0"], "--questions must be at least 1"),
+        (["--sweep", "nan"], "--sweep must be"), (["--lr", "1", "2"], "--lr must be one per --optimizer (sgd)"), (["--questions", "0"], "--questions must be at least 1"),
         (["--group-size", "1"], "--group-size must be at least 2"),
         (["--eta", "2"], "--eta 2, --beta 1.0: eta must be one of"), (["--beta", "nan"], "beta must be"),
         (["--temperature", "0"], "--temperature must be"), (["--micro-batch-size", "0"], "--micro-batch-size must be"),
@@ -409,4 +414,4 @@ def test_every_script_can_be_started_from_another_folder(tmp_path):
                                 text=True, capture_output=True, timeout=120, encoding="utf-8", env=ENVIRONMENT)
         expected = "" if script.name == "common.py" else "--out"               # common.py is no script: it says nothing
         assert result.returncode == 0 and expected in result.stdout, (script.name, result.stderr)
-    assert len(scripts) == 8
+    assert len(scripts) == 9
