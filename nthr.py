@@ -150,14 +150,16 @@ def nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs=None, vocabular
             pi[row, y[c]] -= 1
             return pi.neg_()
 
-        M, own = torch.zeros_like(W), []                                       # M⁺ (U, d)
-        for response in positive.split(mask.sum(1)[correct].tolist() if return_own else len(y)):
-            part = torch.zeros_like(W) if return_own else M                    # M⁺ of one y⁺_i alone
+        M, own = torch.zeros_like(W), torch.zeros(len(mask), device=y.device)  # M⁺ (U, d), and (G,)
+        part = torch.zeros_like(W) if return_own else M                        # M⁺ of one y⁺_i alone
+        responses = positive.split(mask.sum(1)[correct].tolist()) if return_own else [positive]
+        for i, response in zip(correct.nonzero()[:, 0], responses):
             for c in response.split(chunk_size):
                 part.addmm_(prediction_error(c).T, h[c].to(dtype))
             if return_own:
+                own[i] = part.norm().square()
                 M += part
-                own.append(part.norm().square().float())
+                part.zero_()
         s, mass = [], []                                                       # one entry per chunk
         for c in chunks:
             error = prediction_error(c)
@@ -170,9 +172,7 @@ def nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs=None, vocabular
     if not s.isfinite().all():
         raise ValueError("scores are not finite: lm_head holds NaN or infinity, or its logits or the scores overflow")
     scores = torch.zeros(mask.shape, device=s.device).masked_scatter(mask, s)  # (G, T) float32
-    if not return_own:
-        return scores
-    return scores, scores.new_zeros(len(mask)).masked_scatter(correct, torch.stack(own))           # (G, T), (G,)
+    return (scores, own) if return_own else scores
 
 
 def nthr_threshold(scores, mask, correct, beta=1.0, own=None):
@@ -214,7 +214,7 @@ def nthr_advantages(advantages, hidden, tokens, mask, correct, lm_head, *, logpr
 
     advantages (G, T), or one per response, (G,) or (G, 1), expanded to (G, T). A wrong response with a
     positive one keeps it: Algorithm 1 weakens penalties. `selected` is Eq. 8's V⁻ all the same.
-    tau_over: the correct responses that s̄⁺ sums over, "all" as §5 prints, or the "others" as it says (departure 4).
+    tau_over: the correct responses that s̄⁺ sums over, "all" as §5 prints, or "others" as its words say (departure 4).
     The other arguments are those of `nthr_scores`, `nthr_threshold` (beta) and `nthr_eta` (eta). Returns an `NTHR`;
     nothing is modified in place. Groups with p = 0 or 1 come back unchanged. ValueError as in those functions."""
     mask, correct = _check_group(hidden, tokens, mask, correct, lm_head)

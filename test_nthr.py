@@ -274,9 +274,10 @@ def test_threshold_is_the_mean_self_influence_of_section_5():
 
 
 def test_threshold_over_the_others_leaves_out_what_a_response_adds_to_itself():
-    """s̄⁺ by the words of §5, "other" responses: Eq. 7 with i' alone as the correct one is taken off."""
+    """s̄⁺ by the words of §5: Eq. 7 of i' with all but i' as the correct ones."""
     with cases() as case:
-        for seed, correct in ((5, None), (6, [True] * 3 + [False] * 2), (7, [False, True] + [False] * 3)):
+        for seed, right in ((5, (0, 2, 4)), (6, (0, 1, 2)), (7, (1,)), (8, (0, 4))):       # row 4 is empty
+            correct = [i in right for i in range(5)]
             hidden, tokens, mask, correct, lm_head = args = group(seed, correct=correct)
             used = [i for i in range(len(mask)) if correct[i] and mask[i].any()]
             for vocabulary, temperature in (("all", 1.0), ("responses", 1.0), ("responses", 0.7)):
@@ -284,8 +285,9 @@ def test_threshold_over_the_others_leaves_out_what_a_response_adds_to_itself():
                 everyone = eq7(*args, columns, temperature)
                 means = []
                 for i in used:
-                    alone = eq7(hidden, tokens, mask, torch.arange(len(mask)) == i, lm_head, columns, temperature)
-                    means.append((everyone - alone)[i][mask[i]].mean().item())
+                    others = correct & (torch.arange(len(mask)) != i)
+                    scores = eq7(hidden, tokens, mask, others, lm_head, columns, temperature)
+                    means.append(scores[i][mask[i]].mean().item())
                 for chunk_size in (1, 3, 512):
                     result = nthr_advantages(torch.ones(mask.shape), *args, beta=0.5, vocabulary=vocabulary,
                                              temperature=temperature, chunk_size=chunk_size, tau_over="others")
@@ -295,6 +297,13 @@ def test_threshold_over_the_others_leaves_out_what_a_response_adds_to_itself():
                         assert len(used) > 1 or result.tau == 0                # exactly: nothing is left
                         assert result.selected.equal(mask & ~correct[:, None] & (result.scores > result.tau))
     assert nthr_advantages(torch.ones(mask.shape), *args, beta=-math.inf, tau_over="others").tau == -math.inf
+    scores, own = nthr_scores(hidden, tokens, mask, torch.zeros(5), lm_head, return_own=True)     # none is right
+    assert not scores.any() and own.tolist() == [0] * 5
+    halves = [x.bfloat16() for x in (hidden, lm_head)]
+    rounded = nthr_advantages(torch.ones(mask.shape), halves[0], tokens, mask, correct, halves[1], tau_over="others")
+    exact = nthr_advantages(torch.ones(mask.shape), halves[0].double(), tokens, mask, correct, halves[1].double(),
+                            tau_over="others")
+    close(rounded.tau, exact.tau, 1e-3)                                        # accumulated in float32
     with pytest.raises(ValueError, match="tau_over must be"):
         nthr_advantages(torch.ones(mask.shape), *args, tau_over="rest")
 

@@ -1,8 +1,9 @@
 """Ablations of NTHR (Tables 2, 4, 5, App. 7.8) and what the paper leaves open: clipping, KL, learning rate, group size.
 
-python experiments/ablations.py                     # embedded model: 38 settings x 5 seeds, 80 minutes on 2 cores
+python experiments/ablations.py                     # embedded model: 52 settings x 5 seeds, 2 hours on 2 cores
 python experiments/ablations.py --quick             # the paper's four tables, 3 seeds, 25 steps: 7 minutes
 python experiments/ablations.py --tables methods kl --seeds 8
+python experiments/ablations.py --tables methods --rules my.py:rule                  # a credit rule of your own
 python experiments/ablations.py --model tiny/stack --tables methods beta eta         # programs, 50 runs, 11 minutes
 python experiments/ablations.py --model Qwen/Qwen2.5-0.5B --tables methods --max-new-tokens 1024     # one GPU
 
@@ -50,7 +51,7 @@ METHODS = {"grpo": "GRPO", "pos-only": "Pos Only", "random": "GRPO + Random", "n
 NLL_COEF = 0.1                                                                 # App. 7.8
 SETTINGS = ("method", "beta", "eta", "tau_over", "nll_coef", "clip_eps", "kl_coef", "lr", "group_size", "batch_size",
             "minibatch_size")                                                  # flags of train.py that tables vary
-MEANS = ("delta_mean", "delta_nonpositive_share", "selected_share", "clip_share")   # over all steps
+MEANS = ("delta_mean", "delta_nonpositive_share", "selected_share", "clip_share")   # over all steps that measured them
 MEASURES = ("eval_accuracy", "success_rate", *MEANS, "seconds")
 TITLES = {
     "methods": "Table 2: methods", "beta": "Table 4: β of the threshold τ, and both readings of τ",
@@ -80,10 +81,11 @@ def layout(base, rules=()):
     batch = base["batch_size"]
     return {
         "methods": [row(method) for method in METHODS],
-        "beta": [row("nthr", f", β = {label}", beta=beta)
+        "beta": [row("nthr", f", β = {label}", beta=beta, tau_over="all")
                  for label, beta in (("−∞", -math.inf), ("0", 0.0), ("0.1", 0.1), ("1", 1.0))] + [
             row("nthr", f", β = {beta:g}, τ over the others", beta=beta, tau_over="others") for beta in (0.1, 1.0)],
-        "rules": [row(method) for method in ("grpo", "nthr", *rules)] if rules else [],
+        "rules": [row(method, ", τ over the others", tau_over="others") for method in ("nthr", "random")] + [
+            row(method) for method in rules] if rules else [],
         "eta": [row("nthr", f", η = {eta}", eta=eta) for eta in ("p", "1-p", "2|0.5-p|", "0")],
         "nll": both("no NLL", nll_coef=0.0) + both("NLL", nll_coef=NLL_COEF),
         "clip": both("1 update", minibatch_size=batch) + [
@@ -135,22 +137,28 @@ def t_quantile(df):
 def paired(differences):
     """{"difference": mean of differences seed by seed, "low", "high": its 95% interval, "p"}, two-sided Student's t.
 
-    None where there are too few; no p where all are equal."""
+    None where there are too few."""
     difference, error = mean(differences) if differences else None, standard_error(differences)
     low = high = p = None
     if error is not None:
         half = t_quantile(len(differences) - 1) * error
         low, high = difference - half, difference + half
-        p = 1 - t_inside(abs(difference) / error, len(differences) - 1) if error else None
+        p = 1 - t_inside(abs(difference) / error, len(differences) - 1) if error else float(not difference)
     return {"difference": difference, "low": low, "high": high, "p": p}
 
 
-def holm(p_values):
-    """{name: p} -> {name: p corrected by Holm's step-down method}, in any order."""
+def holm(p_values, family):
+    """{name: p} -> {name: p corrected by Holm's step-down method}, in any order.
+
+    family: the number of comparisons that were planned, those without a p included."""
     corrected, least = {}, 0.0
     for k, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
-        corrected[name] = least = max(least, min(1.0, (len(p_values) - k) * p))
+        corrected[name] = least = max(least, min(1.0, (family - k) * p))
     return corrected
+
+
+def p_text(row):
+    return "–" if row["p"] is None else "<0.001" if row["p"] < 0.001 else f"{row['p']:.3f}"
 
 
 def standard_error(values):
@@ -186,9 +194,9 @@ def tables(results):
             differences = [seeds[seed]["eval_accuracy"] - finished[against][seed]["eval_accuracy"]
                            for seed in seeds if seed in finished.get(against, {})]
             made[table].append({**row, "pairs": len(differences), **paired(differences)})
-            if (p := made[table][-1]["p"]) is not None:
-                p_values[run] = p
-    corrected = holm(p_values)
+            if reference:
+                p_values[run] = made[table][-1]["p"]
+    corrected = holm({run: p for run, p in p_values.items() if p is not None}, len(p_values))
     for row in (row for rows in made.values() for row in rows):
         row["p"] = corrected.get(row["run"])
     return made
@@ -204,11 +212,12 @@ def interval(row):
 
 def verdict(row):
     """One sentence on NTHR against GRPO, from NTHR's row of the table "methods"."""
-    if row["low"] is None:
+    if row["p"] is None:
         return f"NTHR against GRPO cannot be judged: that takes two seeds of both ({row['pairs']} finished)."
-    judged = ("NTHR beats GRPO significantly" if row["low"] > 0 else "NTHR is significantly worse than GRPO"
-              if row["high"] < 0 else "NTHR does not beat GRPO significantly (the interval includes 0)")
-    return f"{judged}: {interval(row)} points of greedy accuracy, {row['pairs']} seeds."
+    judged = ("NTHR does not beat GRPO significantly" if row["p"] >= 0.05 else "NTHR beats GRPO significantly"
+              if row["difference"] > 0 else "NTHR is significantly worse than GRPO")
+    return (f"{judged}: {interval(row)} points of greedy accuracy, {row['pairs']} seeds, p after Holm's correction "
+            f"{p_text(row)}.")
 
 
 def to_markdown(made):
@@ -219,7 +228,7 @@ def to_markdown(made):
     parts = []
     for table, rows in made.items():
         lines = [(row["setting"], f"{number(row['eval_accuracy'], 2, 100)} ± {number(row['standard_error'], 2, 100)}",
-                  row["seeds"], interval(row), number(row["p"], 3), row["against"] or "–",
+                  row["seeds"], interval(row), p_text(row), row["against"] or "–",
                   *(number(row[name], digits, factor) for name, digits, factor in SHOWN)) for row in rows]
         parts += [f"## {TITLES[table]}", common.markdown(HEADER, lines)]
         if table == "methods":
@@ -249,7 +258,13 @@ def plot(made, path):
 
 
 def read_results(path):
-    """The rows of results.csv: numbers as floats, what was not measured as None."""
+    """The rows of results.csv: numbers as floats, what was not measured as None. One line if it is no such file."""
+    try:
+        columns = path.read_text(encoding="utf-8").partition("\n")[0].split(",")
+    except OSError as error:
+        fail(f"{path} cannot be read ({error}): name a folder that ablations.py has written")
+    if missing := sorted({"run", "seed", *SETTINGS, *MEASURES} - {*columns}):
+        fail(f"{path} lacks {', '.join(missing)}: run its ablations again with this version")
     with path.open(newline="", encoding="utf-8") as file:
         return [{name: value if name in ("run", "method", "eta", "tau_over") else float(value) if value else None
                  for name, value in row.items()} for row in csv.DictReader(file)]
@@ -355,8 +370,8 @@ def parse_args(argv):
                                      allow_abbrev=False)
     add = parser.add_argument
     add("--model", help="Hugging Face id or local folder (default: the embedded model in tiny/)")
-    add("--rules", nargs="+", metavar="FILE.py:FUNCTION", default=common.RULES, help="the functions of --method in the "
-        "table rules (default: those of experiments/multipliers.py)")
+    add("--rules", nargs="+", metavar="FILE.py:FUNCTION", help="the functions of --method in the table rules, which "
+        "they add (default: those of experiments/multipliers.py)")
     for flag, help in (("--data", 'JSON or JSONL file, or "math"'), ("--eval-data", "file for greedy evaluation"),
                        ("--reward", '"math", or FILE.py:FUNCTION')):
         add(flag, help=f"{help} (default: that of train.py)")
@@ -371,6 +386,9 @@ def parse_args(argv):
     for name, value in (QUICK if args.quick else {"seeds": 5, "tables": list(TITLES)}).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.rules and "rules" not in args.tables:
+        args.tables = [*args.tables, "rules"]
+    args.rules = args.rules or common.RULES
     for name in ("seeds", "jobs"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             fail(f"--{name} must be at least 1, got {getattr(args, name)}")

@@ -3,6 +3,7 @@ import argparse
 import csv
 import json
 import math
+import os
 import platform
 import shlex
 import sys
@@ -26,9 +27,9 @@ from support.errors import fail  # noqa: E402
 from support.flags import flag_adder, model_defaults, model_folder  # noqa: E402
 from support.models import choose_device, load_model, load_pretrained  # noqa: E402
 
-RULES = [f"experiments/multipliers.py:{name}" for name in (
-    "nthr_others", "random_tokens", "lowest_entropy", "highest_entropy", "highest_probability", "lowest_probability",
-    "errors_alone", "states_alone", "top_10_percent", "top_20_percent", "top_50_percent", "ar", "resrl")]
+RULES = [f"{os.path.relpath(ROOT / 'experiments' / 'multipliers.py')}:{name}" for name in (
+    "lowest_entropy", "highest_entropy", "highest_probability", "lowest_probability", "errors_alone", "states_alone",
+    "top_10_percent", "top_20_percent", "top_50_percent", "ar", "resrl")]
 SMALL = 1e8        # parameters: models of up to so many are studied in float64
 
 

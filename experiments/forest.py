@@ -1,11 +1,11 @@
-"""One picture and one table of training runs: rule × task, the difference to GRPO with its 95% interval.
+"""One picture and one table of training runs: rule × task, the difference to one run with its 95% interval.
 
 python experiments/forest.py experiments/results/ablations-sums experiments/results/ablations-stack
-python experiments/forest.py FOLDER ... --compare nthr nthr-tau_over=others      # also two runs, all folders pooled
+python experiments/forest.py FOLDER ... --against nthr          # differences to NTHR instead of GRPO
 
-Each folder is the --out of ablations.py; only its results.csv is read. Differences are taken seed by seed, intervals
-are Student's t, and p is corrected by Holm's method over the rows of a folder. --compare pools the seeds of all
-folders: one test, not corrected. Writes forest.png and forest.md to --out.
+Each folder is the --out of ablations.py; only its results.csv is read. Differences are taken seed by seed. Intervals
+are Student's t. p is corrected by Holm's method over the rows of a column. The last column pools the seeds of all
+folders. Writes forest.png and forest.md to --out. The picture is dark where the corrected p is below 0.05.
 """
 import argparse
 import shlex
@@ -22,70 +22,63 @@ from support.errors import fail
 matplotlib.use("Agg")                                                          # files only, no window
 
 
-def read_folder(folder):
-    """Rows of results.csv in an --out of ablations.py; one line if there are none."""
-    path = Path(folder) / "results.csv"
-    if not path.is_file():
-        fail(f"{folder} has no results.csv: name a folder that ablations.py has written")
-    return ablations.read_results(path)
+def accuracies(folder):
+    """({(run, seed): greedy accuracy} of the finished runs, {run: label}) of a folder that ablations.py has written."""
+    results, labels = ablations.read_results(Path(folder) / "results.csv"), {}
+    for row in (row for rows in ablations.tables(results).values() for row in rows):
+        labels.setdefault(row["run"], row["setting"])                          # the first table's is the plainest
+    return {(row["run"], row["seed"]): row["eval_accuracy"] for row in results
+            if row["eval_accuracy"] is not None}, labels
 
 
-def rows_by_run(results):
-    """{run: its row of `ablations.tables`} of every run that is compared with another."""
-    return {row["run"]: row for rows in ablations.tables(results).values() for row in rows
-            if row["difference"] is not None}
+def compare(tasks, run, against):
+    """`ablations.paired` of run − against over the seeds of all `tasks`, dicts of accuracies, and "pairs"."""
+    differences = [accuracy - task[against, seed] for task in tasks for (name, seed), accuracy in task.items()
+                   if name == run and (against, seed) in task]
+    return {"pairs": len(differences), **ablations.paired(differences)}
 
 
-def pooled(folders, first, second):
-    """`ablations.paired` of the accuracies second − first over the seeds of all folders, and the number of pairs."""
-    differences = []
-    for results in folders:
-        accuracy = {(row["run"], row["seed"]): row["eval_accuracy"] for row in results}
-        pairs = [(accuracy[run, seed], accuracy.get((first, seed))) for run, seed in accuracy if run == second]
-        differences += [b - a for b, a in pairs if None not in (a, b)]
-    if not differences:
-        fail(f"--compare: no seed of any folder has both {first} and {second}; the runs are "
-             f"{', '.join(dict.fromkeys(row['run'] for results in folders for row in results))}")
-    return ablations.paired(differences), len(differences)
+def columns(tasks, labels, against):
+    """{task, and "all": {run: its comparison}}; tasks: {name: accuracies}. p is corrected within each."""
+    parts = {name: [task] for name, task in tasks.items()} | ({"all": [*tasks.values()]} if len(tasks) > 1 else {})
+    runs = [run for run in labels if run != against]
+    made = {name: {run: compare(part, run, against) for run in runs} for name, part in parts.items()}
+    for rows in made.values():
+        corrected = ablations.holm({run: row["p"] for run, row in rows.items() if row["p"] is not None}, len(rows))
+        for run, row in rows.items():
+            row["p"] = corrected.get(run)
+    return made
 
 
-def labels_of(tasks):
-    """{run: label} of all tasks, in the order of their tables."""
-    return {run: row["setting"] for rows in tasks.values() for run, row in rows.items()}
+def to_markdown(made, labels, against):
+    """One row per run: for each column the difference, the number of pairs, and p."""
+    header = [f"difference to {labels[against]}, points"]
+    for name in made:
+        header += [name, "pairs", "p (Holm)"]
+    runs = [run for run in labels if run != against]
+    return common.markdown(header, [
+        [labels[run]] + [text for rows in made.values() for text in (
+            ablations.interval(rows[run]), rows[run]["pairs"], ablations.p_text(rows[run]))] for run in runs])
 
 
-def to_markdown(tasks):
-    """tasks: {name: rows_by_run}. One row per run, a column of differences and one of p per task."""
-    header, lines = ["difference to GRPO, points"], []
-    for name in tasks:
-        header += [name, f"{name}: seeds", f"{name}: p (Holm)"]
-    for run, label in labels_of(tasks).items():
-        cells = [rows.get(run) for rows in tasks.values()]
-        lines.append([label] + [text for row in cells for text in (
-            ("–", "–", "–") if row is None else
-            (ablations.interval(row), row["pairs"], "–" if row["p"] is None else f"{row['p']:.3f}"))])
-    return common.markdown(header, lines)
-
-
-def plot(tasks, path):
-    """One panel per task, the same rows in each; an interval beside 0 is drawn dark."""
-    labels = labels_of(tasks)
-    figure, axes = plt.subplots(1, len(tasks), sharey=True, squeeze=False, layout="constrained",
-                                figsize=(3.2 + 3.6 * len(tasks), 1 + 0.3 * len(labels)))
-    for axis, (name, rows) in zip(axes.flat, tasks.items()):
+def plot(made, labels, against, path):
+    """One panel per column, the same rows in each."""
+    runs = [run for run in labels if run != against]
+    figure, axes = plt.subplots(1, len(made), sharey=True, squeeze=False, layout="constrained",
+                                figsize=(3.2 + 3.2 * len(made), 1 + 0.3 * len(runs)))
+    for axis, (name, rows) in zip(axes.flat, made.items()):
         axis.axvline(0, color="0.6", linewidth=1)
-        for y, run in enumerate(labels):
-            row = rows.get(run)
-            if row is None:
-                continue
-            low, high = (row[end] if row[end] is not None else row["difference"] for end in ("low", "high"))
-            axis.plot([100 * low, 100 * high], [y, y], linewidth=2, color="#b2abd2" if low <= 0 <= high else "#542788")
-            axis.plot(100 * row["difference"], y, "o", color="#542788", markersize=5)
-        seeds = sorted({row["pairs"] for row in rows.values()})
-        axis.set(xlabel="greedy accuracy − GRPO's, points", ylim=(len(labels) - 0.5, -0.5), axisbelow=True)
-        axis.set_title(f"{name}, {'–'.join(map(str, seeds[::max(1, len(seeds) - 1)]))} seeds", fontsize=10)
+        for y, row in enumerate(rows[run] for run in runs):
+            color = "#542788" if row["p"] is not None and row["p"] < 0.05 else "#998ec3"
+            if row["low"] is not None:
+                axis.plot([100 * row["low"], 100 * row["high"]], [y, y], color=color, linewidth=2)
+            if row["difference"] is not None:
+                axis.plot(100 * row["difference"], y, "o", color=color, markersize=5)
+        pairs = sorted({row["pairs"] for row in rows.values()})
+        axis.set(xlabel=f"greedy accuracy − {labels[against]}'s, points", ylim=(len(runs) - 0.5, -0.5), axisbelow=True)
+        axis.set_title(f"{name}, {'–'.join(map(str, dict.fromkeys((pairs[0], pairs[-1]))))} pairs", fontsize=10)
         axis.grid(axis="x", color="0.92")
-    axes[0, 0].set_yticks(range(len(labels)), labels.values())
+    axes[0, 0].set_yticks(range(len(runs)), [labels[run] for run in runs])
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -93,21 +86,24 @@ def plot(tasks, path):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="--out of ablations.py, one per task")
-    parser.add_argument("--compare", nargs=2, metavar="RUN", help="two runs, as results.csv names them: second − first")
+    parser.add_argument("--against", default="grpo", metavar="RUN", help="as results.csv names it (default: grpo)")
     parser.add_argument("--out", default="runs/forest", help="output folder (default: runs/forest)")
     args = parser.parse_args(argv)
-    results = [read_folder(folder) for folder in args.folders]
     names = [Path(folder).resolve().name.removeprefix("ablations-") for folder in args.folders]
-    tasks, out = dict(zip(names, map(rows_by_run, results))), common.make_folder(args.out)
-    text = [f"`{shlex.join(['python', 'experiments/forest.py', *(argv or sys.argv[1:])])}`", to_markdown(tasks)]
-    if args.compare:
-        found, pairs = pooled(results, *args.compare)
-        p = "" if found["p"] is None else f", p = {found['p']:.3f}"
-        text.append(f"{args.compare[1]} minus {args.compare[0]}: {ablations.interval(found)} points, {pairs} pairs of "
-                    f"{len(results)} tasks{p}")
-    (out / "forest.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
-    plot(tasks, out / "forest.png")
-    print("\n\n".join(text), f"written to {out}: forest.md, forest.png", sep="\n\n")
+    if len({*names, "all"}) <= len(names):
+        fail(f"the folders must have different names, none of them all, got {' '.join(names)}")
+    tasks, labels = {}, {}
+    for name, folder in zip(names, args.folders):
+        tasks[name], found = accuracies(folder)
+        labels = found | labels
+    if args.against not in labels or len(labels) < 2:
+        fail(f"--against must be one of two runs or more, got {args.against} and {', '.join(labels) or 'no run'}")
+    made, out = columns(tasks, labels, args.against), common.make_folder(args.out)
+    text = (f"`{shlex.join(['python', 'experiments/forest.py', *(argv or sys.argv[1:])])}`\n\n"
+            f"{to_markdown(made, labels, args.against)}\n")
+    (out / "forest.md").write_text(text, encoding="utf-8")
+    plot(made, labels, args.against, out / "forest.png")
+    print(f"{text}\nwritten to {out}: forest.md, forest.png")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ python experiments/lld.py                                        # embedded mode
 python experiments/lld.py --layer 0 1 2 3 --normalize --overlap  # with the tables on what the paper leaves open
 python experiments/lld.py --model tiny/stack                     # programs instead of sums, 1 minute
 python experiments/lld.py --optimizer sgd adamw                  # both from the same gradients, a folder for each
+python experiments/lld.py --eta "2|0.5-p|" --tau-over others --rules                # with other rules than NTHR
 python experiments/lld.py --model Qwen/Qwen2.5-0.5B              # a real model, one GPU, 50 questions of MATH
 
 For each question, G responses are sampled from the same initial policy; groups with both right and wrong answers are
@@ -70,7 +71,7 @@ def build_parser():
         "(0: embeddings; the last one, which the paper uses, comes after the final norm)")
     add("--normalize", action="store_true", help="also score with the cosine of the hidden states, not the dot product")
     add("--rules", nargs="*", metavar="FILE.py:FUNCTION", help="also update with these functions, as of train.py's "
-        "--method, which set their own η (none: those of experiments/multipliers.py)")
+        "--method (none: those of experiments/multipliers.py, to be compared at --eta '2|0.5-p|' --tau-over others)")
     add("--overlap", action="store_true", help="bin the questions by what the wrong answers share with the right ones")
     return parser
 
@@ -206,6 +207,8 @@ def study(model, initial, group, generator, variants, rules, steps, args):
     selections[variants[0]], advantages[variants[0]] = nthr.selected, nthr.advantages
     for name, rule in rules.items():
         advantages[name] = rule(grpo, hidden, tokens, mask, correct, lm_head, old)
+        if advantages[name].shape != mask.shape or not advantages[name][mask].isfinite().all():
+            fail(f"--rules: {name} must return finite advantages (G, T) = {tuple(mask.shape)}, got {advantages[name]}")
     deltas = {}
     for name, A in advantages.items():
         same = next((other for other in deltas if torch.equal(A, advantages[other])), None)
@@ -223,7 +226,7 @@ def study(model, initial, group, generator, variants, rules, steps, args):
            "gwhes": -minus_gwhes, "theory_limit": limit, "overlap": shared_tokens(group)}
     if rules:
         wrong = mask & ~correct[:, None]
-        row |= {f"relief {name}": 1 - (advantages[name][wrong].sum() / grpo[wrong].sum()).item()
+        row |= {f"penalty removed {name}": 1 - (advantages[name][wrong].sum() / grpo[wrong].sum()).item()
                 for name in (*METHODS, *rules)}
     for variant, chosen in selections.items() if len(selections) > 1 else ():
         name = variant_name(*variant)
@@ -307,7 +310,7 @@ def rule_table(rows, rules):
     grpo, nthr, table = column(rows, "delta grpo"), column(rows, "delta nthr"), []
     for name in (*METHODS, *rules):
         delta, row = column(rows, f"delta {name}"), {"rule": METHODS.get(name, name)}
-        row["penalty removed"] = column(rows, f"relief {name}").mean()
+        row["penalty removed"] = column(rows, f"penalty removed {name}").mean()
         for other, reference in (("GRPO", grpo), ("NTHR", nthr)):
             low, high = mean_interval(delta - reference)
             row[f"mean Δ − {other}'s [95%]"] = f"{(delta - reference).mean():+.2e} [{low:+.2e}, {high:+.2e}]"
@@ -459,8 +462,8 @@ def main(argv=None):
     studies = [study(model, initial, group, generator, variants, rules, steps, args)
                for group in tqdm(groups, desc="one update per method", unit=" questions")]
     source = {**common.provenance(args, time.perf_counter() - start), "questions": len(groups), "sampled": sampled}
-    heading = (f"{len(groups)} questions with right and wrong answers of {sampled} sampled, G = {args.group_size}, seed "
-               f"{args.seed}, {source['seconds']:.0f} s on {source['machine']}:")
+    heading = (f"{len(groups)} questions with right and wrong answers of {sampled} sampled, G = {args.group_size}, "
+               f"seed {args.seed}, {source['seconds']:.0f} s on {source['machine']}:")
     for optimizer, (lr, _) in steps.items():
         rows, curves = map(list, zip(*(found[optimizer] for found in studies)))
         folder = common.make_folder(out / optimizer) if len(steps) > 1 else out

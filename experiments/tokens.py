@@ -156,7 +156,7 @@ def token_view(model, tokenizer, group, initial, args):
     advantages = group_advantages(correct.float()[None]).view(-1, 1).repeat(1, mask.shape[1])
     nthr = nthr_advantages(advantages, hidden, tokens, mask, correct, model.get_output_embeddings().weight.detach(),
                            logprobs=old, beta=args.beta, eta=args.eta, vocabulary=args.nthr_vocab,
-                           temperature=args.temperature)
+                           temperature=args.temperature, tau_over=args.tau_over)
     answers, all_rows, finished = {}, [], group.rollout.finished.tolist()
     for j in range(len(correct)):
         ids = tokens[j][mask[j]].tolist()

@@ -100,8 +100,8 @@ def build_parser(description):
         "grpo: Eq. 1 alone; pos-only: no negative advantages (§3); random: as many random tokens as NTHR selects "
         "(§5.3); or a function of yours (advantages, hidden, tokens, mask, correct, lm_head, logprobs) -> advantages")
     add("--beta", type=float, default=1.0, help="β of the threshold τ (§5); --beta=-inf selects every negative token")
-    add("--tau-over", default="all", choices=["all", "others"], help="s̄⁺ of τ sums over all "
-        "right responses, as §5 prints, or the others, as it says")
+    add("--tau-over", default="all", choices=["all", "others"], help="s̄⁺ of τ sums over "
+        "all right responses, as §5 prints, or over the others, as its words say")
     add("--eta", default="2|0.5-p|", help='η of Algorithm 1: "2|0.5-p|", "p", "1-p" (Table 5) or a number in [0, 1]')
     add("--nthr-vocab", default="responses", choices=["responses", "all"], help="V*_x (App. 7.4), or Eq. 7 exactly")
     add = flag_adder(parser.add_argument_group("sampling (§2, App. 7.3)"))

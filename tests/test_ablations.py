@@ -54,7 +54,7 @@ ROWS = {
     "methods": [("grpo", ""), ("pos-only", "grpo"), ("random", "grpo"), ("nthr", "grpo")],
     "beta": [("nthr-beta=-inf", "grpo"), ("nthr-beta=0", "grpo"), ("nthr-beta=0.1", "grpo"), ("nthr", "grpo"),
              ("nthr-beta=0.1-tau_over=others", "grpo"), ("nthr-tau_over=others", "grpo")],
-    "rules": [("grpo", ""), ("nthr", "grpo"), ("half", "grpo"), ("none", "grpo")],
+    "rules": [("nthr-tau_over=others", "grpo"), ("random-tau_over=others", "grpo"), ("half", "grpo"), ("none", "grpo")],
     "eta": [("nthr-eta=p", "grpo"), ("nthr-eta=1-p", "grpo"), ("nthr", "grpo"), ("nthr-eta=0", "grpo")],
     "nll": [("grpo", ""), ("nthr", "grpo"), ("grpo-nll_coef=0.1", "grpo"), ("nthr-nll_coef=0.1", "grpo-nll_coef=0.1")],
     "clip": [("grpo", ""), ("nthr", "grpo"),
@@ -146,15 +146,17 @@ def student_p(differences):
 
 def test_holm_by_hand():
     """Sorted, the k-th smallest of m is multiplied by m − k + 1, is at least the one before, and at most 1."""
-    assert ablations.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}) == pytest.approx(
+    assert ablations.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}, 4) == pytest.approx(
         {"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06})
-    assert ablations.holm({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0} and ablations.holm({}) == {}
+    assert ablations.holm({"a": 0.6, "b": 0.9}, 2) == {"a": 1.0, "b": 1.0} and ablations.holm({}, 0) == {}
+    assert ablations.holm({"a": 0.01, "b": 0.02}, 4) == pytest.approx({"a": 0.04, "b": 0.06})     # two gave no p
 
 
 def test_paired_differences_that_cannot_be_judged():
     nothing = dict.fromkeys(("difference", "low", "high", "p"))
     assert ablations.paired([]) == nothing and ablations.paired([0.5]) == {**nothing, "difference": 0.5}
-    assert ablations.paired([0.5, 0.5]) == {"difference": 0.5, "low": 0.5, "high": 0.5, "p": None}
+    assert ablations.paired([0.5, 0.5]) == {"difference": 0.5, "low": 0.5, "high": 0.5, "p": 0.0}
+    assert ablations.paired([0.0, 0.0])["p"] == 1.0
 
 
 def test_the_t_quantile_leaves_5_percent_of_the_density_outside():
@@ -162,25 +164,26 @@ def test_the_t_quantile_leaves_5_percent_of_the_density_outside():
     assert found == pytest.approx(dict.fromkeys(found, 0.95), abs=1e-9)
 
 
-def test_the_verdict_says_which_side_of_zero_the_interval_is_on():
-    def verdict(low, difference, high, seeds=5):
-        return ablations.verdict({"low": low, "difference": difference, "high": high, "pairs": seeds})
+def test_the_verdict_follows_the_corrected_p():
+    def verdict(low, difference, high, p, seeds=5):
+        return ablations.verdict({"low": low, "difference": difference, "high": high, "p": p, "pairs": seeds})
 
-    assert verdict(0.002, 0.01, 0.018) == (
-        "NTHR beats GRPO significantly: +1.00 [+0.20, +1.80] points of greedy accuracy, 5 seeds.")
-    assert verdict(-0.018, -0.01, -0.002).startswith("NTHR is significantly worse than GRPO: -1.00 [-1.80, -0.20]")
-    for low, high in ((-0.001, 0.02), (0.0, 0.02), (-0.02, 0.0)):
-        assert verdict(low, 0.0, high).startswith(
-            "NTHR does not beat GRPO significantly (the interval includes 0): +0.00 [")
-    assert "cannot be judged" in verdict(None, 0.01, None, seeds=1)
+    assert verdict(0.002, 0.01, 0.018, 0.049) == (
+        "NTHR beats GRPO significantly: +1.00 [+0.20, +1.80] points of greedy accuracy, 5 seeds, p after Holm's "
+        "correction 0.049.")
+    worse = verdict(-0.018, -0.01, -0.002, 0.0004)
+    assert worse.startswith("NTHR is significantly worse than GRPO: -1.00 [-1.80, -0.20]") and "<0.001." in worse
+    assert verdict(0.002, 0.01, 0.018, 0.05).startswith("NTHR does not beat GRPO significantly: +1.00 [")
+    assert "cannot be judged" in verdict(None, 0.01, None, None, seeds=1)
 
 
 # ----------------------------------------------------------------------------------------- with a stand-in for train.py
 
 @pytest.mark.parametrize("chosen, count", [
-    (("methods", "nll"), 6), pytest.param(tuple(ROWS), 42, marks=pytest.mark.full)], ids=["some", "all"])
+    (("methods", "nll"), 6), pytest.param(tuple(ROWS), 43, marks=pytest.mark.full)], ids=["some", "all"])
 def test_every_setting_is_one_run_and_the_tables_follow_from_the_csv(stand_in, capsys, chosen, count):
-    ablate("--seeds", 3, "--seed", 4, "--tables", *chosen, "--rules", "rules.py:half", "rules.py:none")
+    rules = ("--rules", "rules.py:half", "rules.py:none") if "rules" in chosen else ()
+    ablate("--seeds", 3, "--seed", 4, "--tables", *chosen, *rules)
     printed, started = capsys.readouterr().out, dict(calls(stand_in))
     names = {run for table in chosen for run, _ in ROWS[table]}
     assert len(names) == count
@@ -214,7 +217,8 @@ def test_every_setting_is_one_run_and_the_tables_follow_from_the_csv(stand_in, c
     markdown = Path("out/tables.md").read_text()
     accuracies = {run: np.array([float(found[run][seed]["eval_accuracy"]) for seed in (4, 5, 6)]) for run in found}
     p_values = ablations.holm({run: student_p(accuracies[run] - accuracies[against])
-                               for table in chosen for run, against in ROWS[table] if against})
+                               for table in chosen for run, against in ROWS[table] if against},
+                              len({run for table in chosen for run, against in ROWS[table] if against}))
     for table in chosen:                                                       # the tables from results.csv
         for row, (run, against) in zip(recorded["tables"][table], ROWS[table], strict=True):
             accuracy = accuracies[run]
@@ -233,7 +237,7 @@ def test_every_setting_is_one_run_and_the_tables_follow_from_the_csv(stand_in, c
                 assert inside((row["high"] - row["difference"]) / error, df=2) == pytest.approx(0.95, abs=1e-9)
                 text += (f"{100 * difference.mean():+.2f} [{100 * row['low']:+.2f}, {100 * row['high']:+.2f}] | "
                          f"{p_values[run]:.3f} | {against} | ")
-                assert row["p"] == pytest.approx(p_values[run], abs=1e-9)
+                assert row["p"] == pytest.approx(p_values[run], abs=1e-9) and row["p"] > 0.001
             else:
                 assert row["difference"] is row["low"] is row["high"] is row["p"] is None
                 text += "– | – | – | "
@@ -289,6 +293,25 @@ def test_half_finished_runs_are_resumed_and_torn_ones_started_again(stand_in):
         assert f"--out={folder}" in started[folder.name] and len(started[folder.name]) > 5
     assert len(started) == 4 and not (torn / "leftover").exists()
     assert all(seeds[0]["eval_accuracy"] for seeds in results().values())
+
+
+def test_a_half_finished_run_of_a_rule_is_given_its_file_again(stand_in):
+    """train.py runs no file that only a config.json names."""
+    ablate("--tables", "methods", "--seeds", 1, "--rules", "rules.py:half")    # --rules adds its table
+    folder = Path("out/runs/half-seed0")
+    assert folder.name in dict(calls(stand_in))
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:4]))
+    (folder / "checkpoint").mkdir()
+    ablate("--tables", "methods", "--seeds", 1, "--rules", "rules.py:half")
+    assert calls(stand_in) == [["half-seed0", ["--method=rules.py:half", f"--resume={folder}"]]]
+
+
+def test_results_of_another_version_end_with_one_line(stand_in):
+    Path("results.csv").write_text("run,seed,method\ngrpo,0,grpo\n")
+    for path, words in ((Path("results.csv"), "lacks batch_size, beta"), (Path("none.csv"), "cannot be read")):
+        with pytest.raises(SystemExit, match=words):
+            ablations.read_results(path)
 
 
 def test_a_failed_run_is_shown_the_others_go_on_and_a_restart_retries_it(stand_in, capsys):
@@ -375,7 +398,7 @@ def test_bad_flags_end_with_one_line_and_start_nothing(stand_in):
         (("--method", "grpo"), "--method and --resume are set for each run"),
         (("--eval-only",), "--eval-only trains none"),
         (("--batch-size", 6, "--minibatch-size", 3), "--batch-size must be a multiple of 4, got 6"),
-        (("--tables", "rules", "--rules", "rules.py:half", "other.py:half"), "different names, none of grpo"),
+        (("--rules", "rules.py:half", "other.py:half"), "different names, none of grpo"),
         (("--tables", "rules", "--rules", "rules.py:third"), "rules.py defines no function third"),
         (("--lr", -1), "--lr must be"), (("--reward", "nothing"), "--reward"), (("--seed", -1), "--seed must be"),
         (("--micro-batch-tokens", 0), "--micro-batch-tokens must be at least 1")])

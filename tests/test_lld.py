@@ -381,7 +381,8 @@ def test_bad_flags_end_with_one_line(tmp_path):
     assert not wrong_endings(lambda flags: lld.main(["--out", str(tmp_path), *flags]), [
         (["--rules", "x.py:nthr"], "none of grpo, pos-only"), (["--rules", "none.py:f"], "none.py cannot be run"),
         (["--layer", "4"], "--layer must be 0 (embeddings) to 3"), (["--lr", "0"], "--lr must be finite and above 0"),
-        (["--sweep", "nan"], "--sweep must be"), (["--lr", "1", "2"], "--lr must be one per --optimizer (sgd)"), (["--questions", "0"], "--questions must be at least 1"),
+        (["--sweep", "nan"], "--sweep must be"), (["--lr", "1", "2"], "--lr must be one per --optimizer (sgd)"),
+        (["--questions", "0"], "--questions must be at least 1"),
         (["--group-size", "1"], "--group-size must be at least 2"),
         (["--eta", "2"], "--eta 2, --beta 1.0: eta must be one of"), (["--beta", "nan"], "beta must be"),
         (["--temperature", "0"], "--temperature must be"), (["--micro-batch-size", "0"], "--micro-batch-size must be"),

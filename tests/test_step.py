@@ -80,9 +80,9 @@ def tiny_weights():
 
 # ------------------------------------------------------------------------------- the update, against one by hand
 
-DEFAULT = dict(method="nthr", nthr_vocab="responses", beta=1.0, eta="2|0.5-p|", batch_size=8, minibatch_size=8,
-               group_size=8, sampling_rounds=1, temperature=1.0, kl_coef=0.0, nll_coef=0.0, clip_eps=0.2, lr=1e-3,
-               max_grad_norm=1.0, delta_every=1)
+DEFAULT = dict(method="nthr", nthr_vocab="responses", beta=1.0, eta="2|0.5-p|", tau_over="all", batch_size=8,
+               minibatch_size=8, group_size=8, sampling_rounds=1, temperature=1.0, kl_coef=0.0, nll_coef=0.0,
+               clip_eps=0.2, lr=1e-3, max_grad_norm=1.0, delta_every=1)
 
 
 def full_pass(model, prompts, responses, temperature):
@@ -127,9 +127,12 @@ def algorithm_1_by_hand(A, pi, hidden, tokens, mask, correct, case):
     errors = torch.nn.functional.one_hot(y, pi.shape[-1]) - pi[mask].double().exp()                # e_y − π, (N, V)
     if case["nthr_vocab"] == "responses":
         errors = errors[:, y.unique()]                                         # V*_x
-    scores = torch.zeros(mask.shape, dtype=torch.float64)
-    scores[mask] = ((errors @ errors.T) * (h @ h.T))[:, right].sum(1)          # Σ over the positive tokens
-    tau = case["beta"] * min(scores[i][mask[i]].mean().item() for i in correct.nonzero()[:, 0])
+    scores, pairs = torch.zeros(mask.shape, dtype=torch.float64), (errors @ errors.T) * (h @ h.T)
+    scores[mask] = pairs[:, right].sum(1)                                      # Σ over the positive tokens
+    owner = torch.arange(len(mask))[:, None].expand_as(mask)[mask]             # the response of each token
+    means = [pairs[owner == i][:, right & ((owner != i) if case["tau_over"] == "others" else True)].sum(1).mean().item()
+             for i in correct.nonzero()[:, 0]]
+    tau = case["beta"] * min(means)
     p = correct.float().mean().item()
     eta = {"2|0.5-p|": 2 * abs(0.5 - p), "p": p, "1-p": 1 - p}[case["eta"]]
     selected = mask & ~correct[:, None] & (scores > tau)
@@ -238,7 +241,7 @@ CASES = (   # pairwise, not all combinations
     dict(minibatch_size=8),
     dict(minibatch_size=4, nthr_vocab="all", kl_coef=0.1, nll_coef=0.3, temperature=0.8, clip_eps=0.01, lr=5e-3,
          delta_every=0, sampling_rounds=2),
-    dict(minibatch_size=2, nll_coef=0.3, temperature=1.2, eta="p", beta=0.5, max_grad_norm=0.1),
+    dict(minibatch_size=2, nll_coef=0.3, temperature=1.2, eta="p", beta=0.5, tau_over="others", max_grad_norm=0.1),
     dict(minibatch_size=2, method="grpo", kl_coef=0.1, temperature=0.8),
     dict(minibatch_size=8, method="pos-only", kl_coef=0.1, nll_coef=0.3, eta="1-p", lr=5e-3),
     dict(minibatch_size=4, method="ar", temperature=1.2, clip_eps=0.01, lr=5e-3),

@@ -383,6 +383,13 @@ def counted(rows, name):
     return len(chosen), sum(row[name] == "1" for row in chosen)
 
 
+def test_tau_over_the_others_is_lower(sums, tmp_path):
+    flags = [*SAMPLING, "--questions", 4, "--nthr-vocab", "all"]
+    taus = [[group["tau"] for group in record["groups"]] for record in (
+        run(tmp_path / name, *flags, "--tau-over", name)[2] for name in ("all", "others"))]
+    assert len(taus[0]) == 4 and all(others < everyone for everyone, others in zip(*map(sorted, taus)))
+
+
 def test_shares_and_ranking_are_those_counted_from_the_csv(sums):
     printed, source, record, all_rows, _ = sums
     for words, limit in (("", 1.1), (", π < 0.95", 0.95)):
@@ -648,7 +655,8 @@ def hostile():
     rollout = Rollout(torch.arange(15).view(5, 3), ones, response_ids, mask, torch.zeros(5, T),
                       torch.tensor([True, True, True, False, True]), texts)
     group = common.Group(7, HOSTILE, HOSTILE + "7", rollout, torch.tensor([True, False, False, True, False]))
-    args = Namespace(beta=0.0, eta="p", nthr_vocab="responses", temperature=1.0, order="gwhes", micro_batch_size=2)
+    args = Namespace(beta=0.0, eta="p", nthr_vocab="responses", temperature=1.0, order="gwhes", micro_batch_size=2,
+                     tau_over="all")
     return texts, tokens.token_view(model, tokenizer, group, None, args), args
 
 

@@ -18,7 +18,7 @@ Expected with seed 0: 5 minutes on one core, 2.36 MB, test accuracy 55% greedy a
 import argparse
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Callable
@@ -205,7 +205,9 @@ def main(task=SUMS):
     parser.add_argument("--out", type=Path, default=task.folder, help="folder to write")
     parser.add_argument("--target", type=float, default=task.target, help="sampled accuracy to stop at")
     args = parser.parse_args()
-    task.target = args.target
+    if not 0 < args.target <= 1:
+        parser.error(f"--target must be above 0 and at most 1, got {args.target}")
+    task = replace(task, target=args.target)
     torch.set_num_threads(1)  # sums split over threads differ in their last bit
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
