@@ -204,7 +204,8 @@ def study(model, initial, group, generator, variants, rules, steps, args):
         chosen = mask & ~correct[:, None] & (scores > tau)
         selections[layer, normalize] = chosen
         advantages[layer, normalize] = torch.where(chosen, nthr.eta * grpo, grpo)
-    selections[variants[0]], advantages[variants[0]] = nthr.selected, nthr.advantages
+    if len(variants) > 1:
+        selections[variants[0]], advantages[variants[0]] = nthr.selected, nthr.advantages
     for name, rule in rules.items():
         advantages[name] = rule(grpo, hidden, tokens, mask, correct, lm_head, old)
         if advantages[name].shape != mask.shape or not advantages[name][mask].isfinite().all():
@@ -228,7 +229,7 @@ def study(model, initial, group, generator, variants, rules, steps, args):
         wrong = mask & ~correct[:, None]
         row |= {f"penalty removed {name}": 1 - (advantages[name][wrong].sum() / grpo[wrong].sum()).item()
                 for name in (*METHODS, *rules)}
-    for variant, chosen in selections.items() if len(selections) > 1 else ():
+    for variant, chosen in selections.items():
         name = variant_name(*variant)
         row |= {f"selected {name}": int(chosen.sum()), f"selected in both {name}": int((chosen & nthr.selected).sum())}
     names = {name: variant_name(*name) if name in selections else name for name in deltas}
@@ -306,11 +307,13 @@ def mean_interval(values, samples=10_000):
 
 
 def rule_table(rows, rules):
-    """Other rules beside the methods: Δ(x) against GRPO's and NTHR's, and the share of the penalty that goes."""
+    """Other rules beside the methods: the penalty that goes, and the gain Δ(x) − GRPO's, also as a multiple of NTHR's."""
     grpo, nthr, table = column(rows, "delta grpo"), column(rows, "delta nthr"), []
+    gain = (nthr - grpo).mean()                                                # 0 if NTHR selects nothing
     for name in (*METHODS, *rules):
         delta, row = column(rows, f"delta {name}"), {"rule": METHODS.get(name, name)}
         row["penalty removed"] = column(rows, f"penalty removed {name}").mean()
+        row["gain / NTHR's"] = f"{(delta - grpo).mean() / gain:+.2f}" if gain else None
         for other, reference in (("GRPO", grpo), ("NTHR", nthr)):
             low, high = mean_interval(delta - reference)
             row[f"mean Δ − {other}'s [95%]"] = f"{(delta - reference).mean():+.2e} [{low:+.2e}, {high:+.2e}]"

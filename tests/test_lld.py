@@ -301,6 +301,8 @@ def test_tables_are_those_of_the_csv(result):
         for other in ("grpo", "nthr"):
             mean = statistics.mean(r[f"delta {name}"] - r[f"delta {other}"] for r in rows)
             assert row[f"mean Δ − {other.upper()}'s [95%]"].startswith(f"{mean:+.2e} [")
+        gains = [statistics.mean(r[f"delta {at}"] - r["delta grpo"] for r in rows) for at in (name, "nthr")]
+        assert row["gain / NTHR's"] == f"{gains[0] / gains[1]:+.2f}"
         assert row["above NTHR"] == sum(r[f"delta {name}"] > r["delta nthr"] for r in rows) / N
         assert [row[at] for at in ("above GRPO", "below")] == [
             sum(sign * (r[f"delta {name}"] - r["delta grpo"]) > 0 for r in rows) / N for sign in (1, -1)]
