@@ -16,8 +16,8 @@ from results.csv alone: results.json, tables.md, ablations.png.
 It shows whether a setting ends above or below plain GRPO: the difference is taken seed by seed, and a 95% interval
 (Student's t over the seeds, on the same test problems) that holds 0 is no evidence of a difference. Of twenty intervals
 without a difference, one excludes 0 by chance: believe a pattern over several rows, not one row. The embedded model is
-trained for 60 steps of 16 questions, which ends before its greedy accuracy levels off. Seconds are those of the run's
-phases, and grow with whatever else the machine does.
+trained for 60 steps of 16 questions, which ends before its greedy accuracy levels off. Runs share the machine, so that
+no seconds are stated: overhead.py measures time.
 """
 import argparse
 import csv
@@ -52,7 +52,7 @@ NLL_COEF = 0.1                                                                 #
 SETTINGS = ("method", "beta", "eta", "tau_over", "nll_coef", "clip_eps", "kl_coef", "lr", "group_size", "batch_size",
             "minibatch_size")                                                  # flags of train.py that tables vary
 MEANS = ("delta_mean", "delta_nonpositive_share", "selected_share", "clip_share")   # over all steps that measured them
-MEASURES = ("eval_accuracy", "success_rate", *MEANS, "seconds")
+MEASURES = ("eval_accuracy", "success_rate", *MEANS)
 TITLES = {
     "methods": "Table 2: methods", "beta": "Table 4: β of the threshold τ, and both readings of τ",
     "rules": "Other rules", "eta": "Table 5: η",
@@ -60,10 +60,10 @@ TITLES = {
     "clip": "Clipping and updates per step. With 1 update the ratio of Eq. 1 is exactly 1 and no clip acts: it is run "
             "once, with the default ε", "kl": "KL penalty", "lr": "Learning rate", "group-size": "Group size G"}
 SHOWN = (("success_rate", 1, 100), ("delta_mean", 4, 1), ("delta_nonpositive_share", 1, 100),   # digits, factor
-         ("selected_share", 2, 100), ("clip_share", 3, 100), ("seconds", 0, 1))
+         ("selected_share", 2, 100), ("clip_share", 3, 100))
 HEADER = ("setting", "greedy accuracy ± standard error, %", "seeds", "difference, points [95% interval]",
           "p (Holm)", "compared with", "success rate, last 10 steps, %", "Δ, nats", "Δ ≤ 0, %", "tokens selected, %",
-          "tokens clipped, %", "seconds")
+          "tokens clipped, %")
 
 
 # ------------------------------------------------------------------------------------------- settings, tables, numbers
@@ -360,8 +360,7 @@ def summary(folder, steps):
         return mean(values) if values else None
 
     return {"eval_accuracy": metrics[-1]["eval_accuracy"], "success_rate": average("success_rate", metrics[-10:]),
-            **{name: average(name) for name in MEANS},
-            "seconds": sum(sum(row["seconds"].values()) for row in metrics)}
+            **{name: average(name) for name in MEANS}}
 
 
 def parse_args(argv):
@@ -400,7 +399,6 @@ def parse_args(argv):
 
 
 def main(argv=None):
-    began = time.perf_counter()
     args, flags = parse_args(argv)
     plain = parse_train_flags(__doc__, [*flags, f"--out={args.out}"])          # checked as train.py does
     if plain.resume or plain.eval_only or any(flag.split("=")[0] == "--method" for flag in flags):
@@ -434,16 +432,15 @@ def main(argv=None):
         {"run": run, "seed": seed, **{name: runs[run][name] for name in SETTINGS}, **summary(folder, plain.steps)}
         for (run, seed), folder in folder_of.items()])
     results = read_results(out / "results.csv")
-    made, seconds = tables(results), [row["seconds"] for row in results]
+    made = tables(results)
     text = to_markdown(made)
-    record = {**common.provenance(args, time.perf_counter() - began), "jobs": jobs, "runs": len(folder_of),
-              "runs_made": len(waiting) - len(failed), "seconds_of_all_runs": sum(filter(None, seconds)),
-              "tables": made}
+    record = {**common.provenance(args), "jobs": jobs, "runs": len(folder_of),
+              "runs_made": len(waiting) - len(failed), "tables": made}
     common.write_json(out / "results.json", record)
     (out / "tables.md").write_text(
         f"`{record['command']}`: {len(folder_of)} runs, seeds {seeds[0]} to {seeds[-1]}, {jobs} at a time"
-        f"{' with one thread each' if on_cpu else ''}, together {record['seconds_of_all_runs'] / 60:.0f} minutes of "
-        f"runs, {record['machine']}, torch {record['torch']}\n\n{text}", encoding="utf-8")
+        f"{' with one thread each' if on_cpu else ''}, {record['machine']}, torch {record['torch']}\n\n{text}",
+        encoding="utf-8")
     plot(made, out / "ablations.png")
     print(f"{text}\nwritten to {out}: results.csv, results.json, tables.md, ablations.png")
     if failed:

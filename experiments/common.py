@@ -156,13 +156,14 @@ def mixed_groups(model, tokenizer, problems, prompts, args):
     return groups, sampled
 
 
-def provenance(args, seconds):
-    """Where a result comes from: the command, the settings, the machine and the time."""
+def provenance(args, seconds=None):
+    """Where a result comes from: the command, the settings, the machine and, where it means something, the time."""
     on_gpu, threads = args.device.startswith("cuda"), torch.get_num_threads()
     device = torch.cuda.get_device_name(args.device) if on_gpu else f"CPU threads: {threads}"
     return {"command": shlex.join(["python", f"experiments/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
             "seed": args.seed, "machine": f"{platform.machine()}, {device}", "torch": torch.__version__,
-            "transformers": transformers.__version__, "seconds": round(seconds, 1)}
+            "transformers": transformers.__version__,
+            **({} if seconds is None else {"seconds": round(seconds, 1)})}
 
 
 def make_folder(path):
