@@ -59,7 +59,7 @@ def _binary(name, values, shape, device):
     return values.bool()
 
 
-def _check_group(hidden, tokens, mask, correct, lm_head):
+def _check_group(hidden, tokens, mask, correct, lm_head, logprobs=None):
     """mask and correct as bool, after a ValueError that names the first argument found wrong."""
     for name, value in (("hidden", hidden), ("tokens", tokens), ("lm_head", lm_head)):
         if not torch.is_tensor(value):
@@ -75,6 +75,10 @@ def _check_group(hidden, tokens, mask, correct, lm_head):
         raise ValueError(f"tokens must be rows of lm_head, 0..{len(lm_head) - 1}, got {y.min()}..{y.max()}")
     if not (hidden.amax(-1).isfinite() & hidden.amin(-1).isfinite())[mask].all():          # no second (G, T, d)
         raise ValueError("hidden holds NaN or infinite values on valid tokens: check the forward pass that made it")
+    if logprobs is not None and not (torch.is_tensor(logprobs) and logprobs.shape == mask.shape
+                                     and logprobs[mask].isfinite().all()):
+        raise ValueError(f"logprobs must be a tensor {tuple(mask.shape)}, finite on valid tokens, got "
+                         f"{tuple(getattr(logprobs, 'shape', ())) or type(logprobs).__name__}")
     return mask, correct
 
 
@@ -119,14 +123,10 @@ def nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs=None, vocabular
     return_own: also (G,), ‖M⁺ of y⁺_i alone‖², what each y⁺_i adds to its own Σ_k s⁺ (0 on incorrect rows).
     Raises ValueError on wrong shapes or ids, non-finite numbers, and logprobs that make probabilities over V*_x clearly
     exceed 1; logprobs that are off in another way (such as another temperature) can go unnoticed."""
-    mask, correct = _check_group(hidden, tokens, mask, correct, lm_head)
+    mask, correct = _check_group(hidden, tokens, mask, correct, lm_head, logprobs)
     if vocabulary not in ("all", "responses") or not temperature > 0 or chunk_size < 1:
         raise ValueError(f'vocabulary must be "all" or "responses", temperature > 0 and chunk_size >= 1, got '
                          f"{vocabulary!r}, {temperature} and {chunk_size}")
-    if logprobs is not None and not (torch.is_tensor(logprobs) and logprobs.shape == mask.shape
-                                     and logprobs[mask].isfinite().all()):
-        raise ValueError(f"logprobs must be a tensor {tuple(mask.shape)}, finite on valid tokens, got "
-                         f"{tuple(getattr(logprobs, 'shape', ())) or type(logprobs).__name__}")
     h, y = hidden[mask], tokens[mask].long()                                   # (N, d), (N,)
     chunks = [slice(i, i + chunk_size) for i in range(0, max(1, len(y)), chunk_size)]
     positive = correct[:, None].expand_as(mask)[mask].nonzero()[:, 0]          # which of the N tokens are in a y⁺_i
@@ -134,11 +134,9 @@ def nthr_scores(hidden, tokens, mask, correct, lm_head, logprobs=None, vocabular
         dtype = _accumulator(hidden, lm_head)
         W = lm_head.to(dtype) if vocabulary == "all" or logprobs is None else None
         if vocabulary == "responses":
-            if logprobs is None:
-                log_pi = torch.cat([torch.log_softmax(h[c].to(dtype) @ W.T / temperature, -1)
-                                    .gather(1, y[c, None])[:, 0] for c in chunks])     # (N,)
-            else:
-                log_pi = logprobs[mask].to(dtype)
+            log_pi = logprobs[mask].to(dtype) if logprobs is not None else torch.cat([
+                torch.log_softmax(h[c].to(dtype) @ W.T / temperature, -1).gather(1, y[c, None])[:, 0]
+                for c in chunks])                                              # (N,)
             columns, y = torch.unique(y, return_inverse=True)                  # V*_x (U,), y as indices into it
             W = lm_head[columns].to(dtype)                                     # (U, d)
 

@@ -29,7 +29,7 @@ from support.data import draw_questions, load_function, load_reward, step_seed
 from support.errors import OutOfMemory, fail
 from support.evaluate import (accuracy_line, accuracy_metrics, accuracy_table, greedy_answers, rewarded_answers,
                               sampled_group, warn_if_none_is_right, warn_if_unmixed)
-from support.flags import parse_args, recordable_flags, resume_command
+from support.flags import METHODS, parse_args, recordable_flags, resume_command
 from support.memory import Timer, micro_batches, peak_memory
 from support.models import READ_NO_STATES, checkpoint_activations, load_model, precision
 from support.start import load_data
@@ -109,6 +109,8 @@ def credit_rule(args, generator, selections):
 def token_advantages(model, rollout, correct, args, step):
     """Â of §2, then the rule of --method once per group, on what sampling kept: (B, T), and NTHR's metrics."""
     mask, lm_head, selections = rollout.response_mask, model.get_output_embeddings().weight, []
+    if args.method not in METHODS:                                             # π of a rule is softmax(hidden lm_headᵀ)
+        lm_head = lm_head / args.temperature
     advantages = group_advantages(correct.float()).view(-1, 1).repeat(1, mask.shape[1])            # (B, T)
     generator = torch.Generator().manual_seed(step_seed(args.seed, step, args.sampling_rounds))    # no round has it
     rule = credit_rule(args, generator, selections)

@@ -147,13 +147,19 @@ def paired(differences):
     return {"difference": difference, "low": low, "high": high, "p": p}
 
 
-def holm(p_values, family):
-    """{name: p} -> {name: p corrected by Holm's step-down method}, in any order.
+def compare(tasks, run, against):
+    """`paired` of run − against over the seeds that both have, and "pairs"; tasks: [{run: {seed: accuracy}}]."""
+    differences = [accuracy - task[against][seed] for task in tasks for seed, accuracy in task.get(run, {}).items()
+                   if seed in task.get(against, {})]
+    return {"pairs": len(differences), **paired(differences)}
 
-    family: the number of comparisons that were planned, those without a p included."""
-    corrected, least = {}, 0.0
-    for k, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
-        corrected[name] = least = max(least, min(1.0, (family - k) * p))
+
+def holm(p_values):
+    """{name: p} -> {name: p corrected by Holm's step-down method}. None, too few seeds, stays None and is counted."""
+    corrected, least = dict.fromkeys(p_values), 0.0
+    measured = sorted((p, name) for name, p in p_values.items() if p is not None)
+    for k, (p, name) in enumerate(measured):
+        corrected[name] = least = max(least, min(1.0, (len(p_values) - k) * p))
     return corrected
 
 
@@ -177,6 +183,7 @@ def tables(results):
         seeds = finished.setdefault(row["run"], {})
         if row["eval_accuracy"] is not None:
             seeds[row["seed"]] = row
+    accuracies = {run: {seed: row["eval_accuracy"] for seed, row in seeds.items()} for run, seeds in finished.items()}
     made, p_values, rules = {}, {}, [method for method in dict.fromkeys(row["method"] for row in results)
                                      if method not in METHODS]
     for table, lines in layout(base, rules).items():
@@ -190,13 +197,11 @@ def tables(results):
             for name in MEASURES:
                 values = [measured[name] for measured in seeds.values() if measured[name] is not None]
                 row[name] = mean(values) if values else None
-            row["standard_error"] = standard_error([measured["eval_accuracy"] for measured in seeds.values()])
-            differences = [seeds[seed]["eval_accuracy"] - finished[against][seed]["eval_accuracy"]
-                           for seed in seeds if seed in finished.get(against, {})]
-            made[table].append({**row, "pairs": len(differences), **paired(differences)})
+            row["standard_error"] = standard_error([*accuracies[run].values()])
+            made[table].append({**row, **compare([accuracies], run, against)})
             if reference:
                 p_values[run] = made[table][-1]["p"]
-    corrected = holm({run: p for run, p in p_values.items() if p is not None}, len(p_values))
+    corrected = holm(p_values)
     for row in (row for rows in made.values() for row in rows):
         row["p"] = corrected.get(row["run"])
     return made

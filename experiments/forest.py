@@ -23,30 +23,24 @@ matplotlib.use("Agg")                                                          #
 
 
 def accuracies(folder):
-    """({(run, seed): greedy accuracy} of the finished runs, {run: label}) of a folder that ablations.py has written."""
-    results, labels = ablations.read_results(Path(folder) / "results.csv"), {}
+    """({run: {seed: greedy accuracy of a finished run}}, {run: label}) of a folder that ablations.py has written."""
+    results, labels, found = ablations.read_results(Path(folder) / "results.csv"), {}, {}
     for row in (row for rows in ablations.tables(results).values() for row in rows):
         labels.setdefault(row["run"], row["setting"])                          # the first table's is the plainest
-    return {(row["run"], row["seed"]): row["eval_accuracy"] for row in results
-            if row["eval_accuracy"] is not None}, labels
-
-
-def compare(tasks, run, against):
-    """`ablations.paired` of run − against over the seeds of all `tasks`, dicts of accuracies, and "pairs"."""
-    differences = [accuracy - task[against, seed] for task in tasks for (name, seed), accuracy in task.items()
-                   if name == run and (against, seed) in task]
-    return {"pairs": len(differences), **ablations.paired(differences)}
+    for row in results:
+        if row["eval_accuracy"] is not None:
+            found.setdefault(row["run"], {})[row["seed"]] = row["eval_accuracy"]
+    return found, labels
 
 
 def columns(tasks, labels, against):
     """{task, and "all": {run: its comparison}}; tasks: {name: accuracies}. p is corrected within each."""
     parts = {name: [task] for name, task in tasks.items()} | ({"all": [*tasks.values()]} if len(tasks) > 1 else {})
-    runs = [run for run in labels if run != against]
-    made = {name: {run: compare(part, run, against) for run in runs} for name, part in parts.items()}
+    made = {name: {run: ablations.compare(part, run, against) for run in labels if run != against}
+            for name, part in parts.items()}
     for rows in made.values():
-        corrected = ablations.holm({run: row["p"] for run, row in rows.items() if row["p"] is not None}, len(rows))
-        for run, row in rows.items():
-            row["p"] = corrected.get(run)
+        for run, p in ablations.holm({run: row["p"] for run, row in rows.items()}).items():
+            rows[run]["p"] = p
     return made
 
 
@@ -64,7 +58,7 @@ def to_markdown(made, labels, against):
 def plot(made, labels, against, path):
     """One panel per column, the same rows in each."""
     runs = [run for run in labels if run != against]
-    figure, axes = plt.subplots(1, len(made), sharey=True, squeeze=False, layout="constrained",
+    figure, axes = plt.subplots(1, len(made), sharex=True, sharey=True, squeeze=False, layout="constrained",
                                 figsize=(3.2 + 3.2 * len(made), 1 + 0.3 * len(runs)))
     for axis, (name, rows) in zip(axes.flat, made.items()):
         axis.axvline(0, color="0.6", linewidth=1)

@@ -207,7 +207,7 @@ def study(model, initial, group, generator, variants, rules, steps, args):
     if len(variants) > 1:
         selections[variants[0]], advantages[variants[0]] = nthr.selected, nthr.advantages
     for name, rule in rules.items():
-        advantages[name] = rule(grpo, hidden, tokens, mask, correct, lm_head, old)
+        advantages[name] = rule(grpo, hidden, tokens, mask, correct, lm_head / args.temperature, old)
         if advantages[name].shape != mask.shape or not advantages[name][mask].isfinite().all():
             fail(f"--rules: {name} must return finite advantages (G, T) = {tuple(mask.shape)}, got {advantages[name]}")
     deltas = {}

@@ -6,7 +6,7 @@ python experiments/lld.py --eta "2|0.5-p|" --tau-over others --rules            
 
 A rule maps a group's advantages (G, T) to new ones. Rules that choose by another score weaken as many tokens of each
 wrong response as NTHR with τ over the others selects (β = 1), by the same η. They differ in the tokens, nothing else.
-The sampling temperature is 1. The rules hold the group's full logits (N, V), which suits small models.
+The rules hold the group's full logits (N, V), which suits small models.
 """
 from functools import wraps
 from typing import NamedTuple
@@ -24,7 +24,7 @@ class RuleInput(NamedTuple):
     tokens: torch.Tensor       # (G, T)
     mask: torch.Tensor         # (G, T) bool
     correct: torch.Tensor      # (G,) bool
-    lm_head: torch.Tensor      # (V, d)
+    lm_head: torch.Tensor      # (V, d), divided by the sampling temperature
     logprobs: torch.Tensor     # (G, T), ln π of `tokens`
 
     def states(self):

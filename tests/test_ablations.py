@@ -146,10 +146,11 @@ def student_p(differences):
 
 def test_holm_by_hand():
     """Sorted, the k-th smallest of m is multiplied by m − k + 1, is at least the one before, and at most 1."""
-    assert ablations.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}, 4) == pytest.approx(
+    assert ablations.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}) == pytest.approx(
         {"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06})
-    assert ablations.holm({"a": 0.6, "b": 0.9}, 2) == {"a": 1.0, "b": 1.0} and ablations.holm({}, 0) == {}
-    assert ablations.holm({"a": 0.01, "b": 0.02}, 4) == pytest.approx({"a": 0.04, "b": 0.06})     # two gave no p
+    assert ablations.holm({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0} and ablations.holm({}) == {}
+    assert ablations.holm({"c": None, "a": 0.01, "b": 0.02, "d": None}) == {
+        "a": pytest.approx(0.04), "b": pytest.approx(0.06), "c": None, "d": None}
 
 
 def test_paired_differences_that_cannot_be_judged():
@@ -216,8 +217,7 @@ def test_every_setting_is_one_run_and_the_tables_follow_from_the_csv(stand_in, c
     markdown = Path("out/tables.md").read_text()
     accuracies = {run: np.array([float(found[run][seed]["eval_accuracy"]) for seed in (4, 5, 6)]) for run in found}
     p_values = ablations.holm({run: student_p(accuracies[run] - accuracies[against])
-                               for table in chosen for run, against in ROWS[table] if against},
-                              len({run for table in chosen for run, against in ROWS[table] if against}))
+                               for table in chosen for run, against in ROWS[table] if against})
     for table in chosen:                                                       # the tables from results.csv
         for row, (run, against) in zip(recorded["tables"][table], ROWS[table], strict=True):
             accuracy = accuracies[run]

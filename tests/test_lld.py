@@ -139,6 +139,20 @@ def test_adamw_is_a_fresh_sign_step_and_a_seed_samples_the_same_again(result, tm
     assert float(sgd["delta grpo"]) == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_rule_gets_the_head_of_the_policy_that_was_sampled_from(tmp_path):
+    rules = write(tmp_path / "rules.py", """
+import torch
+
+
+def checked(advantages, hidden, tokens, mask, correct, lm_head, logprobs):
+    own = torch.log_softmax(hidden.double() @ lm_head.double().T, -1).gather(2, tokens[..., None])[..., 0]
+    assert torch.allclose(own[mask], logprobs[mask].double(), atol=1e-4)
+    return advantages / 2
+""")
+    lld.main([*SAMPLING, "--questions", "1", "--temperature", "0.7", "--sweep", "--rules", f"{rules}:checked", "--out",
+              str(tmp_path)])
+
+
 def test_the_parameters_are_put_back_and_equal_advantages_share_an_update(result):
     _, _, model, groups = result
     args = common.parse_flags(lld.build_parser(), [*FLAGS, "--beta", "1e9"])    # nothing is selected

@@ -515,6 +515,16 @@ def test_a_function_of_the_users_own_is_called_once_per_kept_group_and_its_advan
     assert same_weights(step("--method", f"{methods}:nthr"), step())
 
 
+def test_a_function_of_the_users_own_gets_the_head_of_the_policy_that_was_sampled_from(step, methods):
+    file = run_file(str(methods))
+    file["calls"].clear()
+    step("--method", f"{methods}:unchanged", "--temperature", "0.7")
+    for _, hidden, tokens, mask, _, lm_head, logprobs in file["calls"]:
+        own = torch.log_softmax(hidden @ lm_head.T, -1).gather(2, tokens[..., None])[..., 0]
+        assert torch.allclose(own[mask], logprobs[mask], atol=1e-4)
+    assert file["calls"]
+
+
 def test_advantages_that_cannot_be_used_end_the_run_with_one_line(small, methods, tmp_path):
     failed = []
     for name in ("another_shape", "not_a_number", "numbers", "array", "nothing"):

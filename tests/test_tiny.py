@@ -77,9 +77,10 @@ def test_a_pupil_is_right_in_the_first_step_and_carries_wrong_totals_on():
 
 def test_the_script_makes_the_committed_problems_and_tokenizer_again(tmp_path, monkeypatch):
     """All but the supervised stage, which takes minutes, and the accuracy of what it makes."""
-    monkeypatch.setattr(make_tiny, "train", lambda *args: None)
+    targets = []
+    monkeypatch.setattr(make_tiny, "train", lambda task, *args: targets.append(task.target))
     monkeypatch.setattr(make_tiny, "accuracy", lambda *args, **options: 0.0)
-    monkeypatch.setattr(sys, "argv", ["make_tiny.py", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["make_tiny.py", "--out", str(tmp_path), "--target", "0.15"])
     threads = torch.get_num_threads()
     make_tiny.main()
     torch.set_num_threads(threads)
@@ -88,6 +89,22 @@ def test_the_script_makes_the_committed_problems_and_tokenizer_again(tmp_path, m
     made, committed = AutoTokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(TINY)
     assert made.get_vocab() == committed.get_vocab() and made.chat_template == committed.chat_template
     assert AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() == 519168
+    assert targets == [0.15]
+
+
+def test_the_supervised_stage_stops_at_its_target(monkeypatch):
+    checks = iter([0.05, 0.2, 0.1, 0.3])
+    for name, value in {"accuracy": lambda *args, **_: next(checks), "CHECK_EVERY": 1, "BATCH": 2}.items():
+        monkeypatch.setattr(make_tiny, name, value)
+    tokenizer = make_tiny.make_tokenizer(make_tiny.SUMS.words)
+    for target, left in ((0.15, [0.1, 0.3]), (0.25, [])):
+        make_tiny.train(make_tiny.replace(make_tiny.SUMS, target=target), make_tiny.make_model(tokenizer), tokenizer,
+                        random.Random(0), {}, [])
+        assert [*checks] == left
+        checks = iter(left)
+    monkeypatch.setattr(sys, "argv", ["make_tiny.py", "--target", "1.5"])
+    with pytest.raises(SystemExit):
+        make_tiny.main()
 
 
 def test_help(monkeypatch, capsys):
