@@ -1,10 +1,10 @@
 """Ablations of NTHR (Tables 2, 4, 5, App. 7.8) and what the paper leaves open: clipping, KL, learning rate, group size.
 
-python experiments/ablations.py                     # embedded model: 52 settings x 5 seeds, 2 hours on 2 cores
-python experiments/ablations.py --quick             # the paper's four tables, 3 seeds, 25 steps: 7 minutes
+python experiments/ablations.py                     # embedded model: 52 settings x 5 seeds, over 2 hours on 2 cores
+python experiments/ablations.py --quick             # the paper's four tables, 3 seeds, 25 steps: 42 runs
 python experiments/ablations.py --tables methods kl --seeds 8
 python experiments/ablations.py --tables methods --rules my.py:rule                  # a credit rule of your own
-python experiments/ablations.py --model tiny/stack --tables methods beta eta         # programs, 50 runs, 11 minutes
+python experiments/ablations.py --model tiny/stack --tables methods beta eta         # programs, 60 runs
 python experiments/ablations.py --model Qwen/Qwen2.5-0.5B --tables methods --max-new-tokens 1024     # one GPU
 
 Every run is `python train.py` with a setting's flags and a seed: the same questions in the same order for each setting.
@@ -56,13 +56,13 @@ MEASURES = ("eval_accuracy", "success_rate", *MEANS)
 TITLES = {
     "methods": "Table 2: methods", "beta": "Table 4: β of the threshold τ, and both readings of τ",
     "rules": "Other rules", "eta": "Table 5: η",
-    "nll": f"App. 7.8: NLL of the correct responses, coefficient {NLL_COEF}",
+    "nll": f"App. 7.8: NLL of the correct responses, coefficient {NLL_COEF}. GRPO with it is compared with plain GRPO",
     "clip": "Clipping and updates per step. With 1 update the ratio of Eq. 1 is exactly 1 and no clip acts: it is run "
             "once, with the default ε", "kl": "KL penalty", "lr": "Learning rate", "group-size": "Group size G"}
 SHOWN = (("success_rate", 1, 100), ("delta_mean", 4, 1), ("delta_nonpositive_share", 1, 100),   # digits, factor
          ("selected_share", 2, 100), ("clip_share", 3, 100))
-HEADER = ("setting", "greedy accuracy ± standard error, %", "seeds", "difference, points [95% interval]",
-          "p (Holm)", "compared with", "success rate, last 10 steps, %", "Δ, nats", "Δ ≤ 0, %", "tokens selected, %",
+HEADER = ("setting", "greedy accuracy ± standard error, %", "seeds", "difference to GRPO, points [95% interval]",
+          "p (Holm)", "success rate, last 10 steps, %", "Δ, nats", "Δ ≤ 0, %", "tokens selected, %",
           "tokens clipped, %")
 
 
@@ -84,7 +84,8 @@ def layout(base, rules=()):
         "beta": [row("nthr", f", β = {label}", beta=beta, tau_over="all")
                  for label, beta in (("−∞", -math.inf), ("0", 0.0), ("0.1", 0.1), ("1", 1.0))] + [
             row("nthr", f", β = {beta:g}, τ over the others", beta=beta, tau_over="others") for beta in (0.1, 1.0)],
-        "rules": [row(method, ", τ over the others", tau_over="others") for method in ("nthr", "random")] + [
+        "rules": [row("grpo"), row("nthr")] + [
+            row(method, ", τ over the others", tau_over="others") for method in ("nthr", "random")] + [
             row(method) for method in rules] if rules else [],
         "eta": [row("nthr", f", η = {eta}", eta=eta) for eta in ("p", "1-p", "2|0.5-p|", "0")],
         "nll": both("no NLL", nll_coef=0.0) + both("NLL", nll_coef=NLL_COEF),
@@ -171,6 +172,16 @@ def standard_error(values):
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
+def accuracies_of(results):
+    """{run: {seed: greedy accuracy}} of the finished runs in the rows of results.csv."""
+    found = {}
+    for row in results:
+        seeds = found.setdefault(row["run"], {})
+        if row["eval_accuracy"] is not None:
+            seeds[row["seed"]] = row["eval_accuracy"]
+    return found
+
+
 def tables(results):
     """{table: [row]} from the rows of results.csv; a row holds means over its finished seeds, None if not measured.
 
@@ -178,24 +189,19 @@ def tables(results):
     (its 95% interval) are shares of 1. p is corrected by Holm's method over all the runs of the file."""
     plain = next(row for row in results if row["run"] == "grpo")
     base = {name: plain[name] for name in SETTINGS}
-    finished = {}                                                              # run -> {seed: its row}
-    for row in results:
-        seeds = finished.setdefault(row["run"], {})
-        if row["eval_accuracy"] is not None:
-            seeds[row["seed"]] = row
-    accuracies = {run: {seed: row["eval_accuracy"] for seed, row in seeds.items()} for run, seeds in finished.items()}
+    accuracies = accuracies_of(results)
     made, p_values, rules = {}, {}, [method for method in dict.fromkeys(row["method"] for row in results)
                                      if method not in METHODS]
     for table, lines in layout(base, rules).items():
-        if not lines or not all(run_name(settings, base) in finished for _, settings in lines):
+        if not lines or not all(run_name(settings, base) in accuracies for _, settings in lines):
             continue                                                           # not among the --tables of this file
         made[table] = []
         for label, settings in lines:
             run, reference = run_name(settings, base), baseline(settings, base)
-            seeds, against = finished[run], reference and run_name(reference, base)
-            row = {"setting": label, "run": run, "seeds": len(seeds), "against": against}
+            against = reference and run_name(reference, base)
+            row = {"setting": label, "run": run, "seeds": len(accuracies[run]), "against": against}
             for name in MEASURES:
-                values = [measured[name] for measured in seeds.values() if measured[name] is not None]
+                values = [line[name] for line in results if line["run"] == run and line[name] is not None]
                 row[name] = mean(values) if values else None
             row["standard_error"] = standard_error([*accuracies[run].values()])
             made[table].append({**row, **compare([accuracies], run, against)})
@@ -226,16 +232,18 @@ def verdict(row):
 
 
 def to_markdown(made):
-    """Every table as Markdown, with the verdict under the first."""
+    """Every table as Markdown, the verdict under the first. A column after p is left out if its cells are equal."""
     def number(value, digits, factor=1):
         return "–" if value is None else f"{factor * value:.{digits}f}"
 
     parts = []
     for table, rows in made.items():
         lines = [(row["setting"], f"{number(row['eval_accuracy'], 2, 100)} ± {number(row['standard_error'], 2, 100)}",
-                  row["seeds"], interval(row), p_text(row), row["against"] or "–",
+                  row["seeds"], interval(row), p_text(row),
                   *(number(row[name], digits, factor) for name, digits, factor in SHOWN)) for row in rows]
-        parts += [f"## {TITLES[table]}", common.markdown(HEADER, lines)]
+        shown = [i for i in range(len(HEADER)) if i < 5 or len({line[i] for line in lines}) > 1]
+        header, *lines = ([line[i] for i in shown] for line in (HEADER, *lines))
+        parts += [f"## {TITLES[table]}", common.markdown(header, lines)]
         if table == "methods":
             parts.append(verdict(rows[-1]))
     return "\n\n".join(parts) + "\n"

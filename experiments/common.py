@@ -128,11 +128,11 @@ def to_float64(model):
 def mixed_groups(model, tokenizer, problems, prompts, args):
     """Sample until `args.questions` questions have both right and wrong responses: a list of that many `Group`s.
 
-    Also returns how many questions were sampled. Questions come in an order drawn with --seed, none twice. Sampling
-    keeps no states: the scripts compute theirs in float64. Ends with one line if no group is mixed, and with what
-    there is (a line says so) if the data runs out."""
+    Also returns how many questions were sampled, and the share of right responses to them. Questions come in an order
+    drawn with --seed, none twice. Sampling keeps no states: the scripts compute theirs in float64. Ends with one line
+    if no group is mixed, and with what there is (a line says so) if the data runs out."""
     order = np.random.default_rng(args.seed).permutation(len(problems)).tolist()
-    reward, G, groups, sampled = load_reward(args.reward), args.group_size, [], 0
+    reward, G, groups, sampled, right = load_reward(args.reward), args.group_size, [], 0, 0
     at_once = max(1, args.max_sequences // G)
     with tqdm(total=args.questions, desc="sampling mixed groups", unit=" questions") as bar:
         while len(groups) < args.questions and sampled < len(order):
@@ -143,6 +143,7 @@ def mixed_groups(model, tokenizer, problems, prompts, args):
                 sampled += 1
                 rows, gold = torch.arange(i * G, (i + 1) * G), problems[q]["answer"]
                 correct = torch.tensor([reward(rollout.texts[row], gold) == 1 for row in rows.tolist()])
+                right += int(correct.sum())
                 if 0 < correct.sum() < G:
                     groups.append(Group(q, problems[q]["problem"], gold, rollout.select(rows), correct.to(args.device)))
                     bar.update()
@@ -153,7 +154,7 @@ def mixed_groups(model, tokenizer, problems, prompts, args):
              f"--group-size or a longer --max-new-tokens")
     if len(groups) < args.questions:
         print(f"the data has no more questions: {len(groups)} mixed groups instead of {args.questions}")
-    return groups, sampled
+    return groups, sampled, right / (G * sampled)
 
 
 def provenance(args, seconds=None):

@@ -288,36 +288,46 @@ def gwhes_table(rows):
     return [*table, {"score": "expected at random", **chance, correlation: 0.0}]
 
 
-def step_table(curves, lrs):
-    table = []
-    for lr in lrs:
-        delta = {method: np.array([curve[method][lr] for curve in curves]) for method in METHODS}
-        table.append({"step size": lr,
-                      **{f"mean Δ/step {name}": delta[method].mean() / lr for method, name in METHODS.items()},
-                      "GRPO Δ ≤ 0": (delta["grpo"] <= 0).mean(),
-                      **{f"{name} above GRPO": (delta[method] > delta["grpo"]).mean()
-                         for method, name in (("nthr", "NTHR"), ("random", "Random"))}})
-    return table
-
-
 def mean_interval(values, samples=10_000):
     """The 95% interval of a mean over questions: quantiles of its bootstrap, of a fixed seed."""
     drawn = np.random.default_rng(0).choice(values, (samples, len(values))).mean(1)
     return np.quantile(drawn, (0.025, 0.975))
 
 
+def with_interval(values):
+    """"+1.23e-04 [+1.00e-05, +2.00e-04]": their mean with its 95% interval."""
+    low, high = mean_interval(values)
+    return f"{values.mean():+.2e} [{low:+.2e}, {high:+.2e}]"
+
+
+def step_table(curves, lrs):
+    """For each step size the share of lazy questions of every method, and the gain Δ(x) − GRPO's in the mean."""
+    table = []
+    for lr in lrs:
+        delta = {method: np.array([curve[method][lr] for curve in curves]) for method in METHODS}
+        row = {"step size": lr, "mean Δ/step GRPO": delta["grpo"].mean() / lr}
+        row |= {f"Δ ≤ 0 {name}": (delta[method] <= 0).mean() for method, name in METHODS.items()}
+        for method, name in [*METHODS.items()][1:]:
+            row[f"mean Δ − GRPO's {name} [95%]"] = with_interval(delta[method] - delta["grpo"])
+            row[f"above GRPO {name}"] = (delta[method] > delta["grpo"]).mean()
+        table.append(row)
+    return table
+
+
 def rule_table(rows, rules):
-    """Other rules beside the methods: the penalty that goes, and the gain Δ(x) − GRPO's, also as a multiple of NTHR's."""
+    """Other rules beside the methods: the share of the penalty that they remove, and the gain Δ(x) − GRPO's.
+
+    Single questions can make much of a mean gain, which its interval and the median tell."""
     grpo, nthr, table = column(rows, "delta grpo"), column(rows, "delta nthr"), []
     gain = (nthr - grpo).mean()                                                # 0 if NTHR selects nothing
     for name in (*METHODS, *rules):
         delta, row = column(rows, f"delta {name}"), {"rule": METHODS.get(name, name)}
         row["penalty removed"] = column(rows, f"penalty removed {name}").mean()
         row["gain / NTHR's"] = f"{(delta - grpo).mean() / gain:+.2f}" if gain else None
-        for other, reference in (("GRPO", grpo), ("NTHR", nthr)):
-            low, high = mean_interval(delta - reference)
-            row[f"mean Δ − {other}'s [95%]"] = f"{(delta - reference).mean():+.2e} [{low:+.2e}, {high:+.2e}]"
-        table.append({**row, **compared_with_grpo(delta, grpo), "above NTHR": (delta > nthr).mean()})
+        row |= {f"mean Δ − {other}'s [95%]": with_interval(delta - reference)
+                for other, reference in (("GRPO", grpo), ("NTHR", nthr))}
+        row |= {"median Δ − GRPO's": np.median(delta - grpo), **compared_with_grpo(delta, grpo)}
+        table.append({**row, "above NTHR": (delta > nthr).mean()})
     return table
 
 
@@ -458,15 +468,16 @@ def main(argv=None):
     variants = [(layer, normalize) for layer in dict.fromkeys([layers, *args.layer])               # the paper's first
                 for normalize in ((False, True) if args.normalize else (False,))]
     out = common.make_folder(args.out)
-    groups, sampled = common.mixed_groups(model, tokenizer, problems, prompts, args)
+    groups, sampled, success_rate = common.mixed_groups(model, tokenizer, problems, prompts, args)
     model = common.to_float64(model)
     initial = [parameter.detach().clone() for parameter in model.parameters()]
     generator = torch.Generator().manual_seed(args.seed)
     studies = [study(model, initial, group, generator, variants, rules, steps, args)
                for group in tqdm(groups, desc="one update per method", unit=" questions")]
-    source = {**common.provenance(args, time.perf_counter() - start), "questions": len(groups), "sampled": sampled}
-    heading = (f"{len(groups)} questions with right and wrong answers of {sampled} sampled, G = {args.group_size}, "
-               f"seed {args.seed}, {source['seconds']:.0f} s on {source['machine']}:")
+    source = {**common.provenance(args, time.perf_counter() - start), "questions": len(groups), "sampled": sampled,
+              "success_rate": success_rate}
+    heading = (f"{len(groups)} questions with right and wrong answers of {sampled} sampled ({success_rate:.1%} of the "
+               f"answers right), G = {args.group_size}, seed {args.seed}, {source['seconds']:.0f} s on {source['machine']}:")
     for optimizer, (lr, _) in steps.items():
         rows, curves = map(list, zip(*(found[optimizer] for found in studies)))
         folder = common.make_folder(out / optimizer) if len(steps) > 1 else out

@@ -4,9 +4,9 @@ python train.py --method experiments/multipliers.py:lowest_entropy              
 python experiments/ablations.py --tables rules --seeds 12                            # train with each of them
 python experiments/lld.py --eta "2|0.5-p|" --tau-over others --rules                 # one update with each of them
 
-A rule maps a group's advantages (G, T) to new ones. Rules that choose by another score weaken as many tokens of each
-wrong response as NTHR with τ over the others selects (β = 1), by the same η. They differ in the tokens, nothing else.
-The rules hold the group's full logits (N, V), which suits small models.
+A rule maps a group's advantages (G, T) to new ones. The first six choose tokens by another score than NTHR's. In each
+wrong response they weaken as many tokens as NTHR with τ over the others selects (β = 1), by the same η.
+They hold the group's full logits (N, V), which suits small models.
 """
 from functools import wraps
 from typing import NamedTuple
@@ -79,7 +79,7 @@ def lowest_entropy(group):
 
 @rule
 def highest_entropy(group):
-    """Where the model hesitates most: the "forking tokens" of 2506.01939."""
+    """Where the model hesitates most. 2506.01939 trains on such "forking tokens" alone; here they are weakened."""
     return weaken_highest(entropy(group), group)
 
 
@@ -97,7 +97,9 @@ def lowest_probability(group):
 
 @rule
 def errors_alone(group):
-    """Eq. 7 without ⟨h, h⟩: Σ_a α_{a,b} = ⟨Σ_a (e_{y_a} − π(·|a)), e_{y_b} − π(·|b)⟩, a over the right responses."""
+    """Eq. 7 without ⟨h, h⟩: Σ_a α_{a,b} = ⟨Σ_a (e_{y_a} − π(·|a)), e_{y_b} − π(·|b)⟩, a over the right responses.
+
+    Over the whole vocabulary, not V*_x."""
     error = -group.log_policy().exp()                                          # e_y − π(·), (N, V)
     error[torch.arange(len(error), device=error.device), group.tokens[group.mask]] += 1
     return weaken_highest(group.padded(error @ error[group.right()].sum(0)), group)
@@ -122,7 +124,7 @@ def weaken_top(share, group):
 
 @rule
 def top_10_percent(group):
-    """τ is the 0.9 quantile of the group's s⁻: the paper's reviewers asked how much depends on τ."""
+    """τ is the 0.9 quantile of the group's s⁻. The paper's reviewers asked how much depends on τ."""
     return weaken_top(0.1, group)
 
 
@@ -150,7 +152,8 @@ def ar(group):
 def resrl(group):
     """ResRL (2605.00380): wrong tokens (0.1 + 0.9 z) Â, right tokens 0.1 Â. z is the energy of a state outside the
     right tokens' 64 principal directions, between its 0.2 and 0.8 quantiles over the wrong tokens.
-    Departures: the last layer's states, which a rule gets, not the penultimate's; d/2 directions where d < 128."""
+    Departures: the states are the last layer's, not the penultimate's. The directions are at most d/2, and no more
+    than there are right tokens."""
     h = F.layer_norm(group.states(), group.hidden.shape[-1:])                  # (N, d)
     h = h - h[group.right()].mean(0)
     directions = torch.linalg.svd(h[group.right()], full_matrices=False).Vh[:min(64, h.shape[1] // 2)]     # (k, d)

@@ -452,7 +452,7 @@ def main(argv=None):
     start = time.perf_counter()
     model, tokenizer, problems, prompts = common.load_model_and_prompts(args)
     out = common.make_folder(args.out)
-    groups, sampled = common.mixed_groups(model, tokenizer, problems, prompts, args)
+    groups, sampled, _ = common.mixed_groups(model, tokenizer, problems, prompts, args)
     model = common.to_float64(model)
     initial = [parameter.detach().clone() for parameter in model.parameters()] if args.order == "delta" else None
     views = [token_view(model, tokenizer, group, initial, args)

@@ -54,7 +54,8 @@ ROWS = {
     "methods": [("grpo", ""), ("pos-only", "grpo"), ("random", "grpo"), ("nthr", "grpo")],
     "beta": [("nthr-beta=-inf", "grpo"), ("nthr-beta=0", "grpo"), ("nthr-beta=0.1", "grpo"), ("nthr", "grpo"),
              ("nthr-beta=0.1-tau_over=others", "grpo"), ("nthr-tau_over=others", "grpo")],
-    "rules": [("nthr-tau_over=others", "grpo"), ("random-tau_over=others", "grpo"), ("half", "grpo"), ("none", "grpo")],
+    "rules": [("grpo", ""), ("nthr", "grpo"), ("nthr-tau_over=others", "grpo"), ("random-tau_over=others", "grpo"),
+              ("half", "grpo"), ("none", "grpo")],
     "eta": [("nthr-eta=p", "grpo"), ("nthr-eta=1-p", "grpo"), ("nthr", "grpo"), ("nthr-eta=0", "grpo")],
     "nll": [("grpo", ""), ("nthr", "grpo"), ("grpo-nll_coef=0.1", "grpo"), ("nthr-nll_coef=0.1", "grpo-nll_coef=0.1")],
     "clip": [("grpo", ""), ("nthr", "grpo"),
@@ -235,11 +236,11 @@ def test_every_setting_is_one_run_and_the_tables_follow_from_the_csv(stand_in, c
                 assert row["high"] - row["difference"] == pytest.approx(row["difference"] - row["low"], rel=1e-9)
                 assert inside((row["high"] - row["difference"]) / error, df=2) == pytest.approx(0.95, abs=1e-9)
                 text += (f"{100 * difference.mean():+.2f} [{100 * row['low']:+.2f}, {100 * row['high']:+.2f}] | "
-                         f"{p_values[run]:.3f} | {against} | ")
+                         f"{p_values[run]:.3f} | ")
                 assert row["p"] == pytest.approx(p_values[run], abs=1e-9) and row["p"] > 0.001
             else:
                 assert row["difference"] is row["low"] is row["high"] is row["p"] is None
-                text += "– | – | – | "
+                text += "– | – | "
             assert text in markdown and text in printed
             for key in ("success_rate", "delta_mean", "delta_nonpositive_share", "clip_share", "selected_share"):
                 values = [float(found[run][seed][key]) for seed in (4, 5, 6) if found[run][seed][key]]

@@ -16,6 +16,8 @@ import forest  # noqa: E402
 PLAIN = {"method": "grpo", "beta": 1.0, "eta": "2|0.5-p|", "tau_over": "all", "nll_coef": 0.0, "clip_eps": 0.2,
          "kl_coef": 0.0, "lr": 1e-4, "group_size": 8, "batch_size": 16, "minibatch_size": 16}
 RUNS = {"grpo": {}, "pos-only": {"method": "pos-only"}, "random": {"method": "random"}, "nthr": {"method": "nthr"},
+        "nthr-tau_over=others": {"method": "nthr", "tau_over": "others"}, "half": {"method": "my.py:half"},
+        "random-tau_over=others": {"method": "random", "tau_over": "others"},
         "grpo-nll_coef=0.1": {"nll_coef": 0.1}, "nthr-nll_coef=0.1": {"method": "nthr", "nll_coef": 0.1}}
 
 
@@ -56,33 +58,45 @@ def test_the_table_by_hand(folders, tmp_path, capsys):
     forest.main([*folders, "--out", str(tmp_path / "out")])
     lines = lines_of(tmp_path / "out")
     assert (tmp_path / "out" / "forest.md").read_text() in capsys.readouterr().out
-    assert lines["difference to GRPO, points"] == [cell for name in ("sums", "programs", "all")
-                                                   for cell in (name, "pairs", "p (Holm)")]
+    assert lines["difference to GRPO, points"] == [
+        "sums, 0–3 pairs", "p (Holm)", "programs, 0–2 pairs", "p (Holm)", "all, 0–5 pairs", "p (Holm)"]
     assert [*lines][2:] == ["Pos Only", "GRPO + Random", "NTHR", "GRPO, NLL", "NTHR, NLL"]
     # p of t = 8 with two degrees of freedom is 1 − 8 / √(2 + 64), of t = 1 it is 1 − 1/√3; the others have none or 1/2
-    assert lines["Pos Only"][:3] == ["+2.67 [+1.23, +4.10]", "3", f"{5 * (1 - 8 / math.sqrt(66)):.3f}"]
-    assert lines["GRPO + Random"][:3] == ["-0.50 [-6.85, +5.85]", "2", "1.000"]
-    assert lines["NTHR"][:3] == ["+0.33 [-1.10, +1.77]", "3", "1.000"]
-    assert lines["GRPO, NLL"] == ["+0.00", "1", "–", "–", "0", "–", "+0.00", "1", "–"]
-    assert lines["NTHR, NLL"] == ["–", "0", "–"] * 3
-    assert lines["Pos Only"][3:6] == ["+0.00 [+0.00, +0.00]", "2", "1.000"]
+    assert lines["Pos Only"][:2] == ["+2.67 [+1.23, +4.10]", f"{5 * (1 - 8 / math.sqrt(66)):.3f}"]
+    assert lines["GRPO + Random"][:2] == ["-0.50 [-6.85, +5.85]", "1.000"]
+    assert lines["NTHR"][:2] == ["+0.33 [-1.10, +1.77]", "1.000"]
+    assert lines["GRPO, NLL"] == ["+0.00", "–", "–", "–", "+0.00", "–"] and lines["NTHR, NLL"] == ["–"] * 6
+    assert lines["Pos Only"][2:4] == ["+0.00 [+0.00, +0.00]", "1.000"]
     # pooled, 0, 1, 0 of sums and 1, 3 of programs: mean 1, standard error 0.548, t of four degrees of freedom 2.776
-    assert lines["NTHR"][6:8] == ["+1.00 [-0.52, +2.52]", "5"]
+    assert lines["NTHR"][4] == "+1.00 [-0.52, +2.52]"
     pixels = image.imread(str(tmp_path / "out" / "forest.png"))
     assert pixels.shape[1] > 1000 and pixels[..., :3].std() > 0.05
 
 
-def test_against_another_run(folders, tmp_path):
+def test_named_runs_against_another_run(folders, tmp_path):
     """NTHR − Pos Only: −3, −1, −3 on sums, 1 and 3 on programs. Pooled: mean −0.6, standard error 1.166."""
-    forest.main([*folders, "--against", "pos-only", "--out", str(tmp_path / "out")])
+    forest.main([*folders, "--against", "pos-only", "--runs", "nthr", "--out", str(tmp_path / "out")])
     lines = lines_of(tmp_path / "out")
-    assert "difference to Pos Only, points" in lines and "Pos Only" not in lines
-    assert lines["NTHR"][6:8] == ["-0.60 [-3.84, +2.64]", "5"] and lines["GRPO"][0] == "-2.67 [-4.10, -1.23]"
+    assert [*lines][2:] == ["NTHR"] and lines["difference to Pos Only, points"][::2] == [
+        "sums, 3 pairs", "programs, 2 pairs", "all, 5 pairs"]
+    # a single row is not corrected: t = −(7/3) / (2/3) with two degrees of freedom
+    assert lines["NTHR"][1] == f"{1 - 3.5 / math.sqrt(2 + 3.5 ** 2):.3f}" and lines["NTHR"][4] == "-0.60 [-3.84, +2.64]"
+
+
+def test_the_table_of_rules_alone_has_its_baseline(tmp_path):
+    rules = write_results(tmp_path / "rules", {
+        "grpo": {1: 0.5, 2: 0.5}, "nthr": {1: 0.5, 2: 0.5}, "nthr-tau_over=others": {1: 0.6, 2: 0.6},
+        "random-tau_over=others": {1: 0.5, 2: 0.5}, "half": {1: 0.5, 2: 0.7}})
+    forest.main([rules, "--out", str(tmp_path / "out")])
+    lines = lines_of(tmp_path / "out")
+    assert [*lines][2:] == ["NTHR", "NTHR, τ over the others", "GRPO + Random, τ over the others", "half"]
+    assert lines["half"][0] == "+10.00 [-117.06, +137.06]"                     # t of one degree of freedom 12.706
 
 
 def test_bad_input_ends_with_one_line(folders, tmp_path):
     twin = write_results(tmp_path / "other" / "sums", {"grpo": {1: 0.5}})
     assert not wrong_endings(lambda flags: forest.main([*flags, "--out", str(tmp_path / "out")]), [
         ([str(tmp_path)], "cannot be read"), ([folders[0], twin], "different names, none of them all, got sums sums"),
-        ([folders[0], "--against", "dapo"], "got dapo and grpo, pos-only, random, nthr"),
+        ([folders[0], "--against", "dapo"], "nthr-nll_coef=0.1; got dapo"),
+        ([folders[0], "--runs", "nthr", "grpo"], "other runs than --against grpo, got nthr grpo"),
         ([str(ROOT / "experiments" / "results" / "none")], "name a folder that ablations.py has written")])

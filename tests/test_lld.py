@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import ENVIRONMENT, ROOT, write, wrong_endings
+from reward import math_reward
 from support.data import encode_prompts, load_problems
 
 pytest.importorskip("matplotlib")
@@ -164,15 +165,19 @@ def test_the_parameters_are_put_back_and_equal_advantages_share_an_update(result
     assert row["selected"] == 0 and deltas["grpo"] == deltas["nthr"] == deltas["random"] != deltas["pos-only"]
 
 
-def test_a_seed_samples_the_same_again_and_another_seed_other_responses(result):
-    model, problems = result[2], load_problems(ROOT / "tiny" / "train.jsonl")[:8]
+def test_a_seed_samples_the_same_again_and_another_seed_other_responses(result, monkeypatch):
+    model, problems, verdicts = result[2], load_problems(ROOT / "tiny" / "train.jsonl")[:8], []
+    monkeypatch.setattr(common, "load_reward", lambda source: lambda *answers: (
+        verdicts.append(math_reward(*answers)) or verdicts[-1]))
     tokenizer, found = AutoTokenizer.from_pretrained(ROOT / "tiny"), []
     prompts = encode_prompts(problems, tokenizer, model.config, 40)
     for seed in (3, 3, 4):
         args = common.parse_flags(lld.build_parser(), ["--questions", "8", "--max-new-tokens", "40", "--device", "cpu",
                                                        "--seed", str(seed)])
-        groups, sampled = common.mixed_groups(model, tokenizer, problems, prompts, args)
+        groups, sampled, success_rate = common.mixed_groups(model, tokenizer, problems, prompts, args)
         assert sampled == 8 and all(group.rollout.hidden is None for group in groups)
+        assert len(verdicts) == 64 and success_rate == sum(verdicts) / 64
+        verdicts.clear()
         found.append({group.index: group.rollout.texts for group in groups})
     first, again, other = found
     assert first == again and [*first] != sorted(first) and first.keys() & other.keys()
@@ -295,12 +300,14 @@ def test_tables_are_those_of_the_csv(result):
     for row in steps:
         mine = [r for r in by_step if float(r["step size"]) == row["step size"]]
         grpo = [float(r["delta grpo"]) for r in mine]
-        assert row["GRPO Δ ≤ 0"] == sum(d <= 0 for d in grpo) / N
+        assert row["mean Δ/step GRPO"] == pytest.approx(statistics.mean(grpo) / row["step size"])
         for method, name in zip(METHODS, ("GRPO", "Pos Only", "GRPO + Random", "GRPO + NTHR")):
             values = [float(r[f"delta {method}"]) for r in mine]
-            assert row[f"mean Δ/step {name}"] == pytest.approx(statistics.mean(values) / row["step size"])
-            if name.startswith("GRPO +"):
-                assert row[f"{name[7:]} above GRPO"] == sum(a > b for a, b in zip(values, grpo)) / N
+            assert row[f"Δ ≤ 0 {name}"] == sum(d <= 0 for d in values) / N
+            if method != "grpo":
+                gain = statistics.mean(a - b for a, b in zip(values, grpo))
+                assert row[f"mean Δ − GRPO's {name} [95%]"].startswith(f"{gain:+.2e} [")
+                assert row[f"above GRPO {name}"] == sum(a > b for a, b in zip(values, grpo)) / N
         if row["step size"] == 1e-3:
             assert grpo == [r["delta grpo"] for r in rows]
     names = [row["hidden states"] for row in layers]
@@ -317,6 +324,8 @@ def test_tables_are_those_of_the_csv(result):
             assert row[f"mean Δ − {other.upper()}'s [95%]"].startswith(f"{mean:+.2e} [")
         gains = [statistics.mean(r[f"delta {at}"] - r["delta grpo"] for r in rows) for at in (name, "nthr")]
         assert row["gain / NTHR's"] == f"{gains[0] / gains[1]:+.2f}"
+        assert row["median Δ − GRPO's"] == pytest.approx(statistics.median(
+            r[f"delta {name}"] - r["delta grpo"] for r in rows))
         assert row["above NTHR"] == sum(r[f"delta {name}"] > r["delta nthr"] for r in rows) / N
         assert [row[at] for at in ("above GRPO", "below")] == [
             sum(sign * (r[f"delta {name}"] - r["delta grpo"]) > 0 for r in rows) / N for sign in (1, -1)]
@@ -350,7 +359,8 @@ def test_lazy_questions_are_those_whose_likelihood_does_not_rise():
     assert [row["Δ ≤ 0 (LLD)"] for row in table] == [0.5, 0.0, 1.0, 0.5]
     assert [table[3][name] for name in ("above GRPO", "equal", "below")] == [0.5, 0.5, 0.0]
     curves = [{m: {0.5: deltas[m][i]} for m in METHODS} for i in range(4)]
-    assert lld.step_table(curves, [0.5])[0]["GRPO Δ ≤ 0"] == 0.5
+    steps = lld.step_table(curves, [0.5])[0]
+    assert [steps[f"Δ ≤ 0 {name}"] for name in ("GRPO", "Pos Only", "GRPO + Random", "GRPO + NTHR")] == [0.5, 0, 1, 0.5]
 
 
 def test_table_1_averages_over_sets_of_the_papers_sizes():

@@ -157,9 +157,8 @@ def sampled():
     kept, sample = [], common.mixed_groups
 
     def keep(*args):
-        groups, questions = sample(*args)
-        kept.append({group.index: group for group in groups})
-        return groups, questions
+        kept.append({group.index: group for group in (found := sample(*args))[0]})
+        return found
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "mixed_groups", keep)
