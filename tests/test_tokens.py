@@ -157,7 +157,8 @@ def sampled():
     kept, sample = [], common.mixed_groups
 
     def keep(*args):
-        kept.append({group.index: group for group in (found := sample(*args))[0]})
+        found = sample(*args)
+        kept.append({group.index: group for group in found[0]})
         return found
 
     with pytest.MonkeyPatch.context() as patch:
