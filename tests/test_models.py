@@ -387,8 +387,11 @@ def test_a_hub_that_never_answers_ends_within_ten_seconds(tmp_path):
             with errors.open("w") as file, subprocess.Popen(
                     command(*flags), cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=file,
                     stdin=subprocess.DEVNULL) as process:
+                hangs = threading.Timer(60, process.kill)
+                hangs.start()
                 for line in process.stdout:
                     printed_at[line] = time.monotonic()
+            hangs.cancel()
             answered = next((at for line, at in printed_at.items() if "the copy on this machine is used" in line),
                             time.monotonic())
             assert answered - printed_at["looking for some/model on the Hub\n"] < 10 + 10     # a busy machine's exit
