@@ -66,6 +66,7 @@ def build_parser():
         "1e-3, adamw 1e-4)")
     add("--sweep", type=float, nargs="*", metavar="LR", help="further step sizes of each optimizer, for the table and "
         "picture of Δ(x) as a function of the step; none: no further ones (default: sgd 1e-6 to 1, adamw 1e-6 to 1e-3)")
+    add("--draws", type=int, default=1, help="random selections of GRPO + Random, whose mean Δ(x) is reported")
     add = flag_adder(parser.add_argument_group("what the paper leaves open"))
     add("--layer", type=int, nargs="+", default=[], help="also score with the hidden states of these layers "
         "(0: embeddings; the last one, which the paper uses, comes after the final norm)")
@@ -192,9 +193,11 @@ def study(model, initial, group, generator, variants, rules, steps, args):
     options = {"vocabulary": args.nthr_vocab, "temperature": args.temperature}
     nthr = nthr_advantages(grpo, hidden, tokens, mask, correct, lm_head, logprobs=old, beta=args.beta, eta=args.eta,
                            tau_over=args.tau_over, **options)
-    randomly = random_selection(nthr.selected, mask, correct, generator)
-    advantages = {"grpo": grpo, "pos-only": pos_only(grpo), "nthr": nthr.advantages,
-                  "random": torch.where(randomly, nthr.eta * grpo, grpo)}
+    advantages = {"grpo": grpo, "pos-only": pos_only(grpo), "nthr": nthr.advantages}
+    draws = ["random", *(f"random, draw {i}" for i in range(2, args.draws + 1))]
+    for name in draws:
+        chosen = random_selection(nthr.selected, mask, correct, generator)
+        advantages[name] = torch.where(chosen, nthr.eta * grpo, grpo)
     selections = {}
     for layer, normalize in variants[1:]:
         features = hidden if layer == variants[0][0] else layer_states(model, group, layer, args.micro_batch_size)
@@ -218,8 +221,11 @@ def study(model, initial, group, generator, variants, rules, steps, args):
             continue
         backward(model, group, old, A, args.temperature, args.micro_batch_size)
         deltas[name] = {optimizer: updated_likelihoods(
-            model, initial, group, old, lrs if name in METHODS else [lr], optimizer, args.temperature,
+            model, initial, group, old, lrs if name in (*METHODS, *draws) else [lr], optimizer, args.temperature,
             args.micro_batch_size) for optimizer, (lr, lrs) in steps.items()}
+    drawn = [deltas["random"], *(deltas.pop(name) for name in draws[1:])]
+    deltas["random"] = {optimizer: {lr: float(np.mean([delta[optimizer][lr] for delta in drawn])) for lr in lrs}
+                        for optimizer, (_, lrs) in steps.items()}
     limit, minus_gwhes = theory_check(hidden, tokens, mask, correct, lm_head / args.temperature)
     row = {"index": group.index, "problem": group.problem, "group_size": len(correct), "correct": int(correct.sum()),
            "tokens": int(mask.sum()), "negative_tokens": int(mask[~correct].sum()),
@@ -451,6 +457,8 @@ def main(argv=None):
     for flag, values in (("lr", args.lr), ("sweep", args.sweep or [])):
         if not all(0 < lr < math.inf for lr in values):
             fail(f"--{flag} must be finite and above 0, got {values}")
+    if args.draws < 1:
+        fail(f"--draws must be at least 1, got {args.draws}")
     if len(args.lr) != len(args.optimizer):
         fail(f"--lr must be one per --optimizer ({' '.join(args.optimizer)}), got {args.lr}")
     steps = {optimizer: (lr, sorted({lr, *(STEPS[optimizer] if args.sweep is None else args.sweep)}))

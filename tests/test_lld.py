@@ -140,6 +140,22 @@ def test_adamw_is_a_fresh_sign_step_and_a_seed_samples_the_same_again(result, tm
     assert float(sgd["delta grpo"]) == pytest.approx(expected, rel=1e-5)
 
 
+def test_random_is_the_mean_of_its_draws(result, monkeypatch):
+    """Three selections known here: the k-th draw takes the token k of each wrong response."""
+    _, _, model, groups = result
+    args = common.parse_flags(lld.build_parser(), [*FLAGS, "--draws", "3"])
+    positions = torch.arange(groups[0].rollout.response_mask.shape[1])
+    drawn = [(positions == k) & ~groups[0].correct[:, None] for k in range(3)]
+    waiting = iter(drawn)
+    monkeypatch.setattr(lld, "random_selection", lambda _, mask, *__: next(waiting)[:, :mask.shape[1]])
+    m64, factors = common.to_float64(copy.deepcopy(model)), grpo_factors(groups[0])
+    initial = [parameter.detach().clone() for parameter in m64.parameters()]
+    row, deltas = lld.study(m64, initial, groups[0], None, [(3, False)], {}, {"sgd": (1e-3, [1e-3])}, args)["sgd"]
+    expected = [update_and_measure(model, groups[0], torch.where(chosen, 0.0, factors), 1e-3) for chosen in drawn]
+    assert len({*expected}) == 3 and row["delta random"] == pytest.approx(statistics.mean(expected), rel=1e-7)
+    assert deltas["random"][1e-3] == row["delta random"] and not [name for name in row if "draw" in name]
+
+
 def test_a_rule_gets_the_head_of_the_policy_that_was_sampled_from(tmp_path):
     rules = write(tmp_path / "rules.py", """
 import torch
@@ -407,7 +423,8 @@ def test_bad_flags_end_with_one_line(tmp_path):
     assert not wrong_endings(lambda flags: lld.main(["--out", str(tmp_path), *flags]), [
         (["--rules", "x.py:nthr"], "none of grpo, pos-only"), (["--rules", "none.py:f"], "none.py cannot be run"),
         (["--layer", "4"], "--layer must be 0 (embeddings) to 3"), (["--lr", "0"], "--lr must be finite and above 0"),
-        (["--sweep", "nan"], "--sweep must be"), (["--lr", "1", "2"], "--lr must be one per --optimizer (sgd)"),
+        (["--sweep", "nan"], "--sweep must be"), (["--draws", "0"], "--draws must be at least 1"),
+        (["--lr", "1", "2"], "--lr must be one per --optimizer (sgd)"),
         (["--questions", "0"], "--questions must be at least 1"),
         (["--group-size", "1"], "--group-size must be at least 2"),
         (["--eta", "2"], "--eta 2, --beta 1.0: eta must be one of"), (["--beta", "nan"], "beta must be"),
