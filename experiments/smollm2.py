@@ -72,8 +72,9 @@ def download_gguf(folder):
 
 def convert(gguf, out):
     """The GGUF file as a folder of float32 weights that transformers reads."""
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32,
+                                                 trust_remote_code=False, use_safetensors=True)
     del model.config.quantization_config                                       # the weights are no longer quantised
     model.hf_quantizer = None
     model.save_pretrained(out)

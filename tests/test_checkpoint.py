@@ -929,7 +929,7 @@ def dangers(source):
 
 
 def python_files():
-    outside = {"runs", ".venv", "venv", "build", ".git"}
+    outside = {"runs", "models", ".venv", "venv", "build", ".git"}
     return [path for path in ROOT.rglob("*.py") if not outside & set(path.relative_to(ROOT).parts)]
 
 
