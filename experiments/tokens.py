@@ -7,8 +7,8 @@ python experiments/tokens.py --model Qwen/Qwen2.5-0.5B --max-new-tokens 600     
 The paper finds that high-NTHR tokens of wrong answers are mostly correct steps. On sums such as 17+28-9 the correct
 steps are known: this script recomputes the arithmetic of each wrong answer and reports how many selected tokens (Eq. 8)
 lie in correct steps (`label_tokens`, `on_path`), beside as many random tokens per answer (§5.3). It does so again for
-the tokens that the model was not sure of: where π is near 1, the prediction error and so the score are near 0. Other
-problems get the page without these numbers. Every share has a 95% interval from a bootstrap over questions, since the
+the tokens that the model was not sure of: where π is near 1, the prediction error and so the score are near 0. In
+answers to other problems equations such as 7 + 5 = 12 are checked (`right_equations`). Every share has a 95% interval from a bootstrap over questions, since the
 tokens of a question are not independent. Fewer than 100 tokens or 10 questions get no share.
 
 The page shows one group first. Of the groups with two to four different wrong answers, each partly selected, it is the
@@ -40,7 +40,9 @@ from support.flags import flag_adder
 COLORS = {"p": (242, 158, 66), "n": (116, 176, 244)}                           # s > 0 orange, s < 0 blue
 PART = "part of a character"
 LABELS = {"right_as_written": "in steps right as written", "true_step": "in steps of the true solution",
-          "on_path": "on the path of the true solution"}                       # of a token
+          "on_path": "on the path of the true solution"}                       # of a token of an answer to a sum
+EQUATION = "right_equation"                                                    # the label of other answers' tokens
+OFTEN, WORDS = 20, 8                                                           # of the words that are named
 UNSURE = 0.95                                                                  # π below which the model was not sure
 FEWEST_TOKENS, FEWEST_GROUPS = 100, 10                                         # that a share is stated of
 RESAMPLES = 10000
@@ -51,6 +53,8 @@ PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES = {chr(b): b for b in PRINTABLE}
 BYTES |= {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(PRINTABLE)))}
 NUMBER = "[0-9]{1,9}"
+WRITTEN = re.compile(rf"(?<![0-9.+*x×-])(?<![+*x×-] ){NUMBER}(?: ?[-+*x×] ?{NUMBER})+ ?(?:=|equals) ?"  # no longer one
+                     rf"-?{NUMBER}(?![0-9]|\.[0-9]| ?[+*x×-] ?[0-9])")         # before it, no more digits or terms after
 
 
 def pieces(tokenizer, ids):
@@ -147,6 +151,20 @@ def on_path(terms, texts):
             for text, so_far in zip(texts, accumulate(texts))]
 
 
+def right_equations(texts):
+    """1 for each token in a right equation of whole numbers, such as 7 + 5 = 12 or 7 + 5 equals 12; 0 in a wrong one.
+
+    Elsewhere "". Read are + - * x and ×, products first. A token belongs to the equation of its last character."""
+    text = "".join(texts)
+    labels = [""] * len(text)
+    for match in WRITTEN.finditer(text):
+        left, right = re.split("=|equals", match[0])
+        products = re.findall("[-+]?[^-+]+", left)
+        value = sum((-1) ** (part[0] == "-") * math.prod(map(int, re.findall(NUMBER, part))) for part in products)
+        labels[match.start():match.end()] = [int(value == int(right))] * len(match[0])
+    return [labels[end - 1] if text else "" for text, end in zip(texts, accumulate(map(len, texts)))]
+
+
 def token_view(model, tokenizer, group, initial, args):
     """What is shown and counted of a group: its numbers; its different answers, correct ones first, each with its text,
     its responses and its rows of tokens.csv, none for a correct one; and all n rows."""
@@ -162,11 +180,11 @@ def token_view(model, tokenizer, group, initial, args):
         ids = tokens[j][mask[j]].tolist()
         written = pieces(tokenizer, ids)
         texts = [text for text, _ in written]
-        labels = ([(*steps, path) for steps, path in zip(label_tokens(terms, texts), on_path(terms, texts))] if terms
-                  else [("", "", "", "")] * len(written))
+        labels = ([(*steps, path, "") for steps, path in zip(label_tokens(terms, texts), on_path(terms, texts))]
+                  if terms else [("", "", "", "", equation) for equation in right_equations(texts)])
         columns = zip(written, labels, ids, *(x[j].tolist() for x in (nthr.scores, old.exp(), nthr.selected.int())))
         rows = [{"question": group.index, "response": j, "position": k, "token_id": token_id, "text": text,
-                 "note": note, "s": s, "pi": pi, "selected": selected, **dict(zip(("step", *LABELS), label))}
+                 "note": note, "s": s, "pi": pi, "selected": selected, **dict(zip(("step", *LABELS, EQUATION), label))}
                 for k, ((text, note), label, token_id, s, pi, selected) in enumerate(columns) if not correct[j]]
         same = answers.setdefault((bool(correct[j]), finished[j], *ids),
                                   {"text": "".join(texts), "finished": finished[j], "rows": rows, "responses": []})
@@ -232,17 +250,31 @@ def measures(groups, name):
             "outscoring": share(*zip(*(outscoring(rows, name) for rows in groups)), tokens)}
 
 
+def words(rows):
+    """[(word, selected, all tokens that write it)] of words that wrong answers hold OFTEN times, by selected share."""
+    counts = {}
+    for row in rows:
+        if word := plain(row["text"].strip() or row["note"]):
+            selected, tokens = counts.get(word, (0, 0))
+            counts[word] = selected + row["selected"], tokens + 1
+    often = [(word, *found) for word, found in counts.items() if found[1] >= OFTEN]
+    return sorted(often, key=lambda word: (-word[1] / word[2], -word[2], word[0]))
+
+
 def summarise(views, sampled):
     sums = [group["rows"] for group in views if group["is_sum"]]
     unsure = [[row for row in rows if row["pi"] < UNSURE] for rows in sums]
     no_step = [(row["question"], row["response"]) for rows in sums for row in rows if row["step"] == 0]
+    equations = [[row for row in group["rows"] if row[EQUATION] != ""] for group in views]
     selected, tokens = ([group["numbers"][name] for group in views] for name in ("selected", "negative_tokens"))
     return {"shown_first": instructive(views)["numbers"]["question"], "groups": len(views),
             "questions_sampled": sampled, "groups_of_sums": len(sums), "negative_tokens": sum(tokens),
             "selected": sum(selected), "selected_share": share(selected, tokens),
             "tokens_in_no_step": len(no_step), "responses_with_text_in_no_step": len(set(no_step)),
             "labels": {words + where: measures(groups, name) for name, words in LABELS.items() if sums
-                       for groups, where in ((sums, ""), (unsure, f", π < {UNSURE}"))}}
+                       for groups, where in ((sums, ""), (unsure, f", π < {UNSURE}"))}
+            | ({"in right equations, of those in equations": measures(equations, EQUATION)} if any(equations) else {}),
+            "words": words([row for group in views for row in group["rows"]])}
 
 
 def percent(found, form=".1f", unit="%"):
@@ -271,6 +303,11 @@ def sentences(summary, beta):
             found.append(f"they outscore the others of their question with probability {percent(row['outscoring'])}, "
                          f"by chance 50%")
         lines += [f"Tokens {words}: {'; '.join(found)}."] if found else []
+    if named := summary["words"]:
+        most, least = (", ".join(f"{word} ({selected} of {tokens})" for word, selected, tokens in part)
+                       for part in (named[:WORDS], named[WORDS:][-WORDS:]))
+        lines.append(f"Of the words that occur {OFTEN} times, most often selected: {most}"
+                     f"{f'; least often: {least}' if least else ''}.")
     if others:
         lines.append(f"No sums of whole numbers: {others} of {groups} problems. Which of their steps are right is not "
                      f"known, so no share of right tokens counts them.")

@@ -520,6 +520,33 @@ def test_labels_of_responses_read_by_hand():
         assert tokens.label_tokens(terms, parts) == [label for label in expected for _ in range(2)], response
 
 
+EQUATIONS = [                                                                  # (text, its equations, right or wrong)
+    ("So 7 + 5 = 12 apples.", [("7 + 5 = 12", 1)]), ("9-4=6, 2*3=6", [("9-4=6", 0), ("2*3=6", 1)]),
+    ("13 + 9 equals 22.", [("13 + 9 equals 22", 1)]), ("1 + 3 + 4 = 10", [("1 + 3 + 4 = 10", 0)]),
+    ("2 + 3 x 4 - 1 = 13", [("2 + 3 x 4 - 1 = 13", 1)]), ("4 - 6 = -2", [("4 - 6 = -2", 1)]),
+    ("7 + 5 =", []), ("a + 3 + 4 = 7", []), ("1.5 + 2 = 3", []), ("7 + 5 = 12.5", []), ("7 + 5 = 12 + 0", []), ("", []),
+    ("2 × 2 = 4.", [("2 × 2 = 4", 1)]), ("- 3 + 4 = 1", [])]
+
+
+def test_equations_read_by_hand():
+    """One character per token, with empty tokens between them."""
+    for text, equations in EQUATIONS:
+        expected, start = [""] * len(text), 0
+        for equation, right in equations:
+            start = text.index(equation, start)
+            expected[start:start + len(equation)] = [right] * len(equation)
+        parts = [part for char in text for part in (char, "")]
+        assert tokens.right_equations(parts) == [label for each in expected for label in (each, "")], text
+    assert tokens.right_equations(["So 7", " + 5 =", " 12", " apples"]) == [1, 1, 1, ""]
+
+
+def test_words_are_counted_and_sorted_by_their_share():
+    rows = [{"text": text, "note": note, "selected": selected} for text, note, selected, times in (
+        (" the", "", 1, 5), ("the", "", 0, 15), ("=", "", 1, 20), ("", "<eos>", 0, 30), ("rare", "", 1, 19))
+        for _ in range(times)]
+    assert tokens.words(rows) == [("=", 20, 20), ("the", 5, 20), ("<eos>", 0, 30)]
+
+
 def test_other_problems_are_no_sums():
     problems = ("17", "-1+2", "1+2=", "1+x", "1 + 2", "1+2\n", "1++2", "1*2", "1+2?", "", "1+²")
     assert [problem for problem in problems if tokens.sum_terms(problem) is not None] == []
@@ -772,7 +799,9 @@ def test_without_any_sum_the_page_has_no_labels(other, tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"problem": f"{n}*{n + 3}+2", "answer": "1"}) + "\n" for n in range(11, 23)))
     printed, source, record, rows = run(tmp_path / "out", "--data", data, *flags[2:4], "--questions", 1)
-    assert (record["summary"]["labels"], record["summary"]["selected_share"]) == ({}, None)
+    assert record["summary"]["selected_share"] is None
+    equations = [row for row in rows if row["right_equation"] != ""]           # of sums in answers to products
+    assert [row["precision"] for row in record["summary"]["labels"].values()] == [None] * bool(equations)
     assert "No sums of whole numbers: 1 of 1 problems." in printed and {row["step"] for row in rows} == {""}
     assert "%" not in printed.replace("95% intervals", "") and Page(source).sups == []
 
