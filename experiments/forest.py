@@ -71,10 +71,11 @@ def plot(compared, labels, against, path):
                 axis.plot([100 * row["low"], 100 * row["high"]], [y, y], color=color, linewidth=2)
             if row["difference"] is not None:
                 axis.plot(100 * row["difference"], y, "o", color=color, markersize=5)
-        axis.set(xlabel=f"greedy accuracy − {labels[against]}'s, points", ylim=(len(runs) - 0.5, -0.5), axisbelow=True)
+        axis.set(ylim=(len(runs) - 0.5, -0.5), axisbelow=True)
         axis.set_title(title(name, rows), fontsize=10)
         axis.grid(axis="x", color="0.92")
     axes[0, 0].set_yticks(range(len(runs)), [labels[run] for run in runs])
+    figure.supxlabel(f"greedy accuracy, difference to {labels[against]} in points", fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
