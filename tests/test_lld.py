@@ -458,4 +458,4 @@ def test_every_script_can_be_started_from_another_folder(tmp_path):
                                 text=True, capture_output=True, timeout=120, encoding="utf-8", env=ENVIRONMENT)
         expected = "" if script.name == "common.py" else "--out"               # common.py is no script: it says nothing
         assert result.returncode == 0 and expected in result.stdout, (script.name, result.stderr)
-    assert len(scripts) == 9
+    assert len(scripts) == 10
