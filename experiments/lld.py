@@ -1,8 +1,8 @@
 r"""Figures 1 and 4 and Table 1: what ONE update on a question's own samples does to its right answers, Δ(x) of Eq. 2.
 
-python experiments/lld.py                                        # embedded model, 200 questions, 1 minute, 2 CPU cores
+python experiments/lld.py                                        # embedded model, 200 questions, 4 minutes on one core
 python experiments/lld.py --layer 0 1 2 3 --normalize --overlap  # with the tables on what the paper leaves open
-python experiments/lld.py --model tiny/stack                     # programs instead of sums, 1 minute
+python experiments/lld.py --model tiny/stack                     # programs instead of sums
 python experiments/lld.py --optimizer sgd adamw                  # both from the same gradients, a folder for each
 python experiments/lld.py --eta "2|0.5-p|" --tau-over others --rules                # with other rules than NTHR
 python experiments/lld.py --model Qwen/Qwen2.5-0.5B              # a real model, one GPU, 50 questions of MATH
