@@ -8,8 +8,9 @@ The paper finds that high-NTHR tokens of wrong answers are mostly correct steps.
 steps are known: this script recomputes the arithmetic of each wrong answer and reports how many selected tokens (Eq. 8)
 lie in correct steps (`label_tokens`, `on_path`), beside as many random tokens per answer (§5.3). It does so again for
 the tokens that the model was not sure of: where π is near 1, the prediction error and so the score are near 0. In
-answers to other problems equations such as 7 + 5 = 12 are checked (`right_equations`). Every share has a 95% interval from a bootstrap over questions, since the
-tokens of a question are not independent. Fewer than 100 tokens or 10 questions get no share.
+answers to other problems equations such as 7 + 5 = 12 are checked (`right_equations`). Every share has a 95% interval
+from a bootstrap over questions, since the tokens of a question are not independent. Fewer than 100 tokens or 10
+questions get no share.
 
 The page shows one group first. Of the groups with two to four different wrong answers, each partly selected, it is the
 one with the median share of selected tokens; without any such group, the laziest. tokens.svg shows the same group.

@@ -30,8 +30,9 @@ def test_the_answers_are_right_and_no_problem_is_drawn_twice():
     assert len({row["problem"] for row in train + test}) == 600
     assert smollm2.draw_problems(0) == (train, test) != smollm2.draw_problems(1)
     rng = random.Random(0)
-    hard = sum("1" in (text := smollm2.make_problem(rng)["problem"]) or "20" in text for _ in range(2000)) / 2000
-    assert 0.2 < hard < 0.5                                                    # a 1 alone is on 21% of the others
+    drawn = [smollm2.make_problem(rng)["problem"] for _ in range(2000)]
+    hard = sum(any(str(number) in problem for number in range(10, 21)) for problem in drawn) / 2000
+    assert hard == pytest.approx(smollm2.HARD, abs=0.03) and smollm2.HARD == 0.2               # 3 standard errors
 
 
 @pytest.mark.parametrize("response, answer, right", [

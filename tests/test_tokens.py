@@ -801,7 +801,9 @@ def test_without_any_sum_the_page_has_no_labels(other, tmp_path):
     printed, source, record, rows = run(tmp_path / "out", "--data", data, *flags[2:4], "--questions", 1)
     assert record["summary"]["selected_share"] is None
     equations = [row for row in rows if row["right_equation"] != ""]           # of sums in answers to products
-    assert [row["precision"] for row in record["summary"]["labels"].values()] == [None] * bool(equations)
+    labels = record["summary"]["labels"]
+    assert [*labels] == ["in right equations, of those in equations"] * bool(equations)
+    assert all(row["precision"] is row["outscoring"] is None for row in labels.values())
     assert "No sums of whole numbers: 1 of 1 problems." in printed and {row["step"] for row in rows} == {""}
     assert "%" not in printed.replace("95% intervals", "") and Page(source).sups == []
 
