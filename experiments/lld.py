@@ -485,7 +485,8 @@ def main(argv=None):
     source = {**common.provenance(args, time.perf_counter() - start), "questions": len(groups), "sampled": sampled,
               "success_rate": success_rate}
     heading = (f"{len(groups)} questions with right and wrong answers of {sampled} sampled ({success_rate:.1%} of the "
-               f"answers right), G = {args.group_size}, seed {args.seed}, {source['seconds']:.0f} s on {source['machine']}:")
+               f"answers right), G = {args.group_size}, seed {args.seed}, {source['seconds']:.0f} s on "
+               f"{source['machine']}:")
     for optimizer, (lr, _) in steps.items():
         rows, curves = map(list, zip(*(found[optimizer] for found in studies)))
         folder = common.make_folder(out / optimizer) if len(steps) > 1 else out

@@ -54,8 +54,9 @@ PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES = {chr(b): b for b in PRINTABLE}
 BYTES |= {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(PRINTABLE)))}
 NUMBER = "[0-9]{1,9}"
-WRITTEN = re.compile(rf"(?<![0-9.+*x×-])(?<![+*x×-] ){NUMBER}(?: ?[-+*x×] ?{NUMBER})+ ?(?:=|equals) ?"  # no longer one
-                     rf"-?{NUMBER}(?![0-9]|\.[0-9]| ?[+*x×-] ?[0-9])")         # before it, no more digits or terms after
+# An equation, whole: no digits or further terms before it or after it
+WRITTEN = re.compile(rf"(?<![0-9.+*x×-])(?<![+*x×-] ){NUMBER}(?: ?[-+*x×] ?{NUMBER})+ ?(?:=|equals) ?-?{NUMBER}"
+                     r"(?![0-9]|\.[0-9]| ?[+*x×-] ?[0-9])")
 
 
 def pieces(tokenizer, ids):
