@@ -47,7 +47,8 @@ matplotlib.use("Agg")                                                          #
 METHODS = {"grpo": "GRPO", "pos-only": "Pos Only", "random": "GRPO + Random", "nthr": "GRPO + NTHR"}
 COLORS = {"grpo": "#e08214", "pos-only": "#4393c3", "random": "#bbbbbb", "nthr": "#542788"}
 OPTIMIZERS = {"sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr),
-              "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)}
+              "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0,
+                                                                fused=True)}   # a third of the time on a CPU
 BARS = 60          # about as many questions as the paper's figures show
 # Table 1: n: {K: overlap} of DeepSeek-R1-Distill-1.5B on AIME and of Qwen2.5-Math-1.5B on MATH
 PAPER_OVERLAPS = {57: {10: 0.5, 15: 0.75}, 47: {10: 0.6, 15: 0.75}}

@@ -342,9 +342,11 @@ LEGEND = """<p>Each token of an incorrect answer is shaded by its score s (Eq. 7
 s &gt; 0: raising the correct answers raises this token, too. <span class="n7">Blue</span> means s &lt; 0. The strength
 is the square root of |s| over the group's largest. <u>Bold and underlined</u> tokens are selected (s &gt; τ, Eq. 8):
 their penalty is multiplied by η. “Scores” opens a table with s and the probability π. ×2: two answers are equal.</p>
-<p>Two marks follow each step of a sum. The first is <sup>✓</sup> if the step is right as written, given the steps
+"""
+STEP_MARKS = """<p>Two marks follow each step of a sum. The first is <sup>✓</sup> if the step is right as written, given the steps
 before it: a box may copy a wrong result. The second is <sup>✓</sup> if it is a step of the true solution.</p>
-<details><summary>other marks</summary><p><i>␣</i> a space, <em>↵</em> a new line, <i>⇥</i> a tab, <i>\\x1B</i> a
+"""
+OTHER_MARKS = """<details><summary>other marks</summary><p><i>␣</i> a space, <em>↵</em> a new line, <i>⇥</i> a tab, <i>\\x1B</i> a
 control character or a byte that is no text, <em>◌</em> a part of a character that a later token completes,
 <em>&lt;name&gt;</em> a special token</p></details>"""
 RULE = """<p>This group stands first by a rule. Of the groups with two to four different wrong answers, each partly
@@ -411,7 +413,7 @@ def page(views, summary, source, args):
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <title>Tokens that NTHR selects</title><style>{STYLE}</style></head>
 <body><main><h1>Which tokens of wrong answers does NTHR select?</h1>
-{LEGEND}
+{LEGEND}{STEP_MARKS if summary["groups_of_sums"] else ""}{OTHER_MARKS}
 {RULE}
 {section(first)}
 <nav><h2>All questions, laziest first: {order}</h2>

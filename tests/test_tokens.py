@@ -227,6 +227,7 @@ def test_the_page_is_well_formed_and_needs_neither_script_nor_network(sums):
     source = sums[1]
     page = Page(source)
     names = {tag for tag, _ in page.tags}
+    assert "step of a sum" in source
     assert source.startswith("<!DOCTYPE html>") and not names & {"script", "link", "img", "iframe", "base", "object"}
     used = {name for _, attributes in page.tags for name in attributes}
     assert used <= {"lang", "charset", "name", "content", "http-equiv", "class", "id", "href", "scope"}
@@ -806,6 +807,7 @@ def test_without_any_sum_the_page_has_no_labels(other, tmp_path):
     assert all(row["precision"] is row["outscoring"] is None for row in labels.values())
     assert "No sums of whole numbers: 1 of 1 problems." in printed and {row["step"] for row in rows} == {""}
     assert "%" not in printed.replace("95% intervals", "") and Page(source).sups == []
+    assert "step of a sum" not in source                                       # the legend has no marks but those shown
 
 
 def test_bad_flags_end_with_one_line(tmp_path):
