@@ -39,7 +39,8 @@ WORDINGS = (
     ("There are {a} red books and {b} blue books. How many books are there?", "+"),
     ("What is {a} - {b}?", "-"), ("What is {a} minus {b}?", "-"),
     ("{name} has {a} cookies and eats {b} of them. How many cookies are left?", "-"))
-FLAGS = "--reward examples/last_number.py:last_number --temperature 0.6 --max-new-tokens 48 --batch-size 16 --lr 3e-6"
+FLAGS = ("--reward examples/last_number.py:last_number --temperature 0.6 --max-new-tokens 48 --batch-size 4 --lr 1e-5 "
+         "--kl-coef 0 --tau-over others --no-gradient-checkpointing --steps 40 --eval-every 20")
 NAMES = ("Anna", "Ben", "Clara", "Tom")
 
 
