@@ -40,7 +40,7 @@ from matplotlib import pyplot as plt
 from support.checkpoint import checkpoints
 from support.data import EMBEDDED, TINY
 from support.errors import fail, printable
-from support.flags import is_user_code, parse_args as parse_train_flags
+from support.flags import DocFormatter, is_user_code, parse_args as parse_train_flags
 
 matplotlib.use("Agg")                                                          # files only, no window
 TRAIN = common.ROOT / "train.py"
@@ -378,8 +378,7 @@ def summary(folder, steps):
 
 def parse_args(argv):
     """argv -> (args, flags of train.py for the plain run)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=DocFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--model", help="Hugging Face id or local folder (default: the embedded model in tiny/)")
     add("--rules", nargs="+", metavar="FILE.py:FUNCTION", help="the functions of --method in the table rules, which "
@@ -390,7 +389,8 @@ def parse_args(argv):
     add("--steps", type=int, help="of each run (default: embedded model 60, real model train.py's; 25 with --quick)")
     add("--seed", type=int, default=0, help="the first seed (default: 0)")
     add("--seeds", type=int, help="how many (default: 5; 3 with --quick)")
-    add("--tables", nargs="+", choices=TITLES, help="which (default: all; methods beta eta nll with --quick)")
+    add("--tables", nargs="+", choices=TITLES, metavar="TABLE", help=f"which of {', '.join(TITLES)} (default: all; "
+        "methods beta eta nll with --quick)")
     add("--quick", action="store_true", help="the paper's tables only, fewer seeds and steps")
     add("--jobs", type=int, help="runs at a time (default: one per core on a CPU, 1 on a GPU)")
     add("--out", help="output folder (default: runs/ablations-MODEL, and -quick with --quick)")

@@ -24,7 +24,7 @@ from rollout import Rollout, generate  # noqa: E402
 from support.data import (EMBEDDED, TINY, encode_prompts, load_function, load_problems, load_reward,  # noqa: E402
                           step_seed)
 from support.errors import fail  # noqa: E402
-from support.flags import flag_adder, model_defaults, model_folder  # noqa: E402
+from support.flags import DocFormatter, flag_adder, model_defaults, model_folder  # noqa: E402
 from support.models import choose_device, load_model, load_pretrained  # noqa: E402
 
 RULES = [f"{os.path.relpath(ROOT / 'experiments' / 'multipliers.py')}:{name}" for name in (
@@ -45,7 +45,7 @@ class Group:
 
 def build_parser(doc, script, questions, eta):
     """The flags of an experiment that scores groups of responses from one model; `questions`: (embedded, real)."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=DocFormatter, usage="%(prog)s [--flag value ...]")
     add = flag_adder(parser.add_argument_group("model, data and sampling"))
     add("--model", default=str(TINY),
         help="Hugging Face id or local folder (default: the embedded model in tiny/)")

@@ -21,6 +21,7 @@ import common
 import matplotlib
 from matplotlib import pyplot as plt
 from support.errors import fail, printable
+from support.flags import DocFormatter
 
 matplotlib.use("Agg")                                                          # files only, no window
 METRICS = {"success_rate": "success rate of sampled responses", "eval_accuracy": "greedy accuracy",
@@ -105,7 +106,7 @@ def plot(curves, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=DocFormatter)
     parser.add_argument("runs", nargs="+", help="run folders, or their metrics.jsonl")
     parser.add_argument("--group-by", nargs="+", default=["method"], metavar="KEY",
                         help="config keys whose values name a group (default: method)")

@@ -19,6 +19,7 @@ from matplotlib import pyplot as plt
 import ablations
 import common
 from support.errors import fail
+from support.flags import DocFormatter
 
 matplotlib.use("Agg")                                                          # files only, no window
 
@@ -81,7 +82,7 @@ def plot(compared, labels, against, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=DocFormatter)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="--out of ablations.py, one per task")
     parser.add_argument("--against", default="grpo", metavar="RUN", help="as results.csv names it (default: grpo)")
     parser.add_argument("--runs", nargs="+", metavar="RUN", help="the rows, as results.csv names them (default: all)")

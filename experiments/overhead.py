@@ -569,7 +569,7 @@ BENCHMARKS = {"step": benchmark_step, "sampling": benchmark_sampling, "scores": 
 
 def parse_args(argv=None):
     """Flags -> Namespace; one line for values that cannot work. Makes --out, and the random model of --shape."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.DocFormatter)
     parser.add_argument("benchmarks", nargs="*", help="which of them (default: all)")
     add = flags.flag_adder(parser.add_mutually_exclusive_group())
     add("--model", default=str(TINY), help="Hugging Face id or folder (default: the embedded model in tiny/)")

