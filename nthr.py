@@ -29,6 +29,7 @@ Departures from the paper, each with its reason:
 App. 7.4's V*_x (vocabulary="responses") is the default as in the paper's runs; "all" is Eq. 7 without approximation.
 """
 import math
+import sys
 from typing import NamedTuple
 
 import torch
@@ -260,12 +261,18 @@ def _toy():
     correct = torch.tensor([True, True, False, False])
     advantages = torch.where(correct, 1.0, -1.0)[:, None].expand(tokens.shape)
     result = nthr_advantages(advantages, hidden, tokens, torch.ones_like(tokens), correct, W, eta=0.0)
-    print(f"question: 3+4·2   correct: {answers[0]}   p = 0.5   tau = {result.tau:.2f}   eta = {result.eta:g}")
-    for answer, s, advantage, chosen in zip(answers[2:], result.scores[2:], result.advantages[2:], result.selected[2:]):
-        print(f"\nwrong answer: {answer}\n{'token':>8} {'score s':>9} {'advantage':>10}")
-        for k, word in enumerate(answer.split()):
-            mark = "  <- penalty reduced" if chosen[k] else ""
-            print(f"{word:>8} {s[k]:9.2f} {advantage[k] + 0.0:10.2f}{mark}")  # + 0.0: no "-0.00"
+    shade, plain = ("\033[30;43m", "\033[0m") if sys.stdout.isatty() else ("", "")
+
+    def cell(row, k):
+        numbers = f"{result.scores[row, k]:8.2f} {result.advantages[row, k] + 0.0:10.2f}"          # + 0.0: no "-0.00"
+        text = f"{words[tokens[row, k]]:>6} {numbers}"
+        return f"{shade}{text} <{plain}" if result.selected[row, k] else f"{text}  "
+
+    print(f"question: 3+4·2   right, twice: {answers[0]}   p = 0.5   tau = {result.tau:.2f}   eta = {result.eta:g}\n")
+    print(f"wrong: {answers[2]:28} wrong: {answers[3]}\n token    score  advantage{'':11}token    score  advantage")
+    for k in range(tokens.shape[1]):
+        print(f"{cell(2, k)}{'':8}{cell(3, k)}".rstrip())
+    print("\n< score above tau: tied to the right answers, so its penalty is multiplied by eta")
 
 
 if __name__ == "__main__":

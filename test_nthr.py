@@ -1,5 +1,6 @@
 """Tests of nthr.py against the equations as printed, hand arithmetic and autograd: `pytest test_nthr.py`."""
 import math
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -527,13 +528,18 @@ def test_bad_settings_and_logprobs_are_named():
 def test_the_file_runs_alone_and_needs_only_torch(tmp_path):
     """A copy of the one file, in a folder of its own, prints its table; the marks agree with the printed threshold."""
     (tmp_path / "nthr.py").write_bytes((Path(__file__).resolve().parent / "nthr.py").read_bytes())
-    script = ("import runpy, sys, torch; before = set(sys.modules); runpy.run_path('nthr.py', run_name='__main__'); "
-              "print({name.split('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names - {'torch'})")
-    *lines, beyond_torch = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True,
-                                          check=True, env={"PYTHONIOENCODING": "utf-8"}).stdout.splitlines()
-    assert beyond_torch == "set()"
+    script = ("import runpy, sys, torch; before = {*sys.modules}; runpy.run_path('nthr.py', run_name='__main__'); "
+              "print({name.split('.')[0] for name in {*sys.modules} - before} - sys.stdlib_module_names - {'torch'}); "
+              "sys.stdout.isatty = lambda: True; runpy.run_path('nthr.py', run_name='__main__')")
+    printed = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True,
+                             env={"PYTHONIOENCODING": "utf-8"}).stdout
+    printed, _, on_a_terminal = printed.partition("set()\n")                   # nothing beyond torch
+    lines = printed.splitlines()
+    colored = re.findall(r"\033\[30;43m(.*?) <\033\[0m", on_a_terminal)
+    assert re.sub(r"\033\[\d*;?\d*m", "", on_a_terminal) == printed
     tau = float(lines[0].split("tau = ")[1].split()[0])
-    rows = [line.split() for line in lines if len(line.split()) >= 3 and line.split()[2] in ("-1.00", "0.00")]
-    assert len(rows) == 16 and {len(row) for row in rows} > {3}                # some marked, some not
-    for _, score, advantage, *mark in rows:
-        assert bool(mark) == (advantage == "0.00") == (float(score) > tau)
+    found = re.findall(r" (\S+) +(-?\d\.\d\d) +(-1\.00|0\.00)( <|)", "\n".join(lines))
+    assert len(lines) <= 20 and len(found) == 16 and {mark for *_, mark in found} == {" <", ""}
+    assert len(colored) == sum(mark == " <" for *_, mark in found)
+    for _, score, advantage, mark in found:
+        assert (mark == " <") == (advantage == "0.00") == (float(score) > tau)

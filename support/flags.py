@@ -83,8 +83,8 @@ class DocFormatter(argparse.HelpFormatter):
             if paragraph.startswith(("python ", "pip ")):
                 lines = [line.partition("  # ") for line in paragraph.splitlines()]
                 paragraphs.append("\n".join(
-                    "# " * bool(comment) + comment + "\n" * bool(comment)
-                    + " \\\n    ".join(textwrap.wrap(command, width - 6, break_long_words=False, break_on_hyphens=False))
+                    (f"# {comment}\n" if comment else "") + " \\\n    ".join(textwrap.wrap(
+                        command, width - 6, break_long_words=False, break_on_hyphens=False))
                     for command, _, comment in lines))
             else:
                 paragraphs.append(textwrap.fill(paragraph, width))
