@@ -155,7 +155,7 @@ def update(run, rollout, correct, advantages, args, timer):
     for number, (rows, micros) in enumerate((first, *later)):
         weights, totals, ref = torch.zeros(len(mask), device=mask.device), {}, None
         weights[rows] = token_weights(mask[rows], args.group_size)
-        for micro in micros:
+        for micro in tqdm(micros, desc="update", unit=" micro-batches", leave=False, delay=10):
             if run.reference:
                 with timer("reference"), torch.no_grad():
                     ref = policy_logprobs(run.reference, rollout, micro, args)
