@@ -48,6 +48,7 @@ UNSURE = 0.95                                                                  #
 FEWEST_TOKENS, FEWEST_GROUPS = 100, 10                                         # that a share is stated of
 RESAMPLES = 10000
 PICTURE_WIDTH = 80                                                             # characters of an answer in the SVG
+NO_BREAK_SPACE = "\u00a0"                                                      # for the SVG: a browser drops spaces
 LEVELS = 10                                                                    # of shading, for each sign
 # Byte-level BPE writes these bytes as the characters that they are in Latin-1, the others as chr(256), chr(257), ...
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -447,10 +448,10 @@ def picture(group):
                 parts.append(f'<rect x="{x + 1}" y="{y + 6}" width="{width - 2}" height="2.5"/>')
             weight = "bold" if row["selected"] else "normal"
             parts.append(f'<text x="{x}" y="{y}" textLength="{width}" font-family="monospace" font-weight="{weight}">'
-                         f'{escape(shown)}</text>')
+                         f'{escape(shown).replace(" ", NO_BREAK_SPACE)}</text>')
             x += width
         end, height = max(end, x + 14), y + 20
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" xml:space="preserve" width="{end}" height="{height}" '
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{end}" height="{height}" '
             f'viewBox="0 0 {end} {height}" font-size="18">'
             f'<rect width="100%" height="100%" rx="6" fill="white"/>{"".join(parts)}</svg>\n')
 
