@@ -344,11 +344,11 @@ s &gt; 0: raising the correct answers raises this token, too. <span class="n7">B
 is the square root of |s| over the group's largest. <u>Bold and underlined</u> tokens are selected (s &gt; τ, Eq. 8):
 their penalty is multiplied by η. “Scores” opens a table with s and the probability π. ×2: two answers are equal.</p>
 """
-STEP_MARKS = """<p>Two marks follow each step of a sum. The first is <sup>✓</sup> if the step is right as written, given the steps
-before it: a box may copy a wrong result. The second is <sup>✓</sup> if it is a step of the true solution.</p>
+STEP_MARKS = """<p>Two marks follow each step of a sum. The first is <sup>✓</sup> if the step is right as written, given
+the steps before it: a box may copy a wrong result. The second is <sup>✓</sup> if it is a step of the true solution.</p>
 """
-OTHER_MARKS = """<details><summary>other marks</summary><p><i>␣</i> a space, <em>↵</em> a new line, <i>⇥</i> a tab, <i>\\x1B</i> a
-control character or a byte that is no text, <em>◌</em> a part of a character that a later token completes,
+OTHER_MARKS = """<details><summary>other marks</summary><p><i>␣</i> a space, <em>↵</em> a new line, <i>⇥</i> a tab,
+<i>\\x1B</i> a control character or a byte that is no text, <em>◌</em> a part of a character that a later token completes,
 <em>&lt;name&gt;</em> a special token</p></details>"""
 RULE = """<p>This group stands first by a rule. Of the groups with two to four different wrong answers, each partly
 selected, it has the median share of selected tokens. Without any such group, the laziest stands first.</p>"""

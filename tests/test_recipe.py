@@ -1,4 +1,4 @@
-"""The code under "In a trainer that is not TRL" in examples/README.md, run as it stands there, against each response alone without padding."""
+"""The code under "In a trainer that is not TRL" in examples/README.md, against each response alone without padding."""
 import copy
 import re
 from types import SimpleNamespace
@@ -18,8 +18,8 @@ ADVANTAGES = torch.tensor([1.0, -1.0, 0.75, -0.5, -1.25, -0.75, 0.75, 1.0])
 
 @pytest.fixture(scope="module")
 def nthr_credit():
-    section = (ROOT / "examples" / "README.md").read_text(encoding="utf-8").split("\n## In a trainer that is not TRL\n")[1]
-    names = {}
+    text, names = (ROOT / "examples" / "README.md").read_text(encoding="utf-8"), {}
+    section = text.split("\n## In a trainer that is not TRL\n")[1]
     exec(re.search("```python\n(.*?)```", section, re.DOTALL)[1], names)
     return names["nthr_credit"]
 
