@@ -1,6 +1,5 @@
 """The flags of train.py: what they mean, their defaults for the embedded and for a real model, and what cannot work."""
 import argparse
-import inspect
 import json
 import math
 import shlex
@@ -78,17 +77,17 @@ class DocFormatter(argparse.HelpFormatter):
     """A docstring as the description, within the terminal's width: its prose wrapped, its commands below comments."""
 
     def _fill_text(self, text, width, indent):
-        paragraphs = []
-        for paragraph in inspect.cleandoc(text).split("\n\n"):
+        filled = []
+        for paragraph in text.strip().split("\n\n"):
             if paragraph.startswith(("python ", "pip ")):
-                lines = [line.partition("  # ") for line in paragraph.splitlines()]
-                paragraphs.append("\n".join(
-                    (f"# {comment}\n" if comment else "") + " \\\n    ".join(textwrap.wrap(
-                        command, width - 6, break_long_words=False, break_on_hyphens=False))
-                    for command, _, comment in lines))
+                lines = []
+                for command, _, comment in (line.partition("  # ") for line in paragraph.splitlines()):
+                    parts = textwrap.wrap(command, width - 6, break_long_words=False, break_on_hyphens=False)
+                    lines += [f"# {comment}"] * bool(comment) + [" \\\n    ".join(parts)]
+                filled.append("\n".join(lines))
             else:
-                paragraphs.append(textwrap.fill(paragraph, width))
-        return "\n\n".join(paragraphs)
+                filled.append(textwrap.fill(paragraph, width))
+        return "\n\n".join(filled)
 
 
 def flag_adder(group):
