@@ -98,3 +98,8 @@ def test_the_weights_are_those_of_the_file(tmp_path, monkeypatch):
     assert "4" in tokenizer.decode(response)
     train, test = read_lines(out / "train.jsonl"), read_lines(out / "test.jsonl")
     assert (train, test) == smollm2.draw_problems(0)
+
+
+def test_readme_and_the_script_name_the_same_run():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    assert smollm2.FLAGS in " ".join(readme.split())
