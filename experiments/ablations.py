@@ -35,15 +35,17 @@ from statistics import mean, stdev
 from tqdm import tqdm
 
 import common
+import files
 import matplotlib
 from matplotlib import pyplot as plt
 from support.checkpoint import checkpoints
 from support.data import EMBEDDED, TINY
 from support.errors import fail, printable
-from support.flags import DocFormatter, is_user_code, parse_args as parse_train_flags
+from support.flags import is_user_code, parse_args as parse_train_flags
+from support.help import DocFormatter
 
 matplotlib.use("Agg")                                                          # files only, no window
-TRAIN = common.ROOT / "train.py"
+TRAIN = files.ROOT / "train.py"
 SHORT = ["--steps=60", "--batch-size=16", "--minibatch-size=16", "--micro-batch-tokens=2048", "--eval-every=0",
          "--eval-size=600", "--delta-every=5"]                                 # of an embedded model
 QUICK = {"steps": 25, "seeds": 3, "tables": ["methods", "beta", "eta", "nll"]}
@@ -243,7 +245,7 @@ def to_markdown(made):
                   *(number(row[name], digits, factor) for name, digits, factor in SHOWN)) for row in rows]
         shown = [i for i in range(len(HEADER)) if i < 5 or len({line[i] for line in lines}) > 1]
         header, *lines = ([line[i] for i in shown] for line in (HEADER, *lines))
-        parts += [f"## {TITLES[table]}", common.markdown(header, lines)]
+        parts += [f"## {TITLES[table]}", files.markdown(header, lines)]
         if table == "methods":
             parts.append(verdict(rows[-1]))
     return "\n\n".join(parts) + "\n"
@@ -425,7 +427,7 @@ def main(argv=None):
     chosen = [settings for table in args.tables for _, settings in layout(base, args.rules)[table]]
     chosen = [{**base, "method": "grpo"}, *filter(None, (baseline(settings, base) for settings in chosen)), *chosen]
     runs = {run_name(settings, base): settings for settings in chosen}
-    seeds, waiting, out = range(args.seed, args.seed + args.seeds), [], common.make_folder(args.out)
+    seeds, waiting, out = range(args.seed, args.seed + args.seeds), [], files.make_folder(args.out)
     folder_of = {(run, seed): out / "runs" / f"{run}-seed{seed}" for run in runs for seed in seeds}
     for run, settings in runs.items():
         changed = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()
@@ -441,7 +443,7 @@ def main(argv=None):
     failed = run_all(waiting, len(folder_of), plain.steps, jobs, on_cpu)
 
     args.device = plain.device
-    common.write_csv(out / "results.csv", [
+    files.write_csv(out / "results.csv", [
         {"run": run, "seed": seed, **{name: runs[run][name] for name in SETTINGS}, **summary(folder, plain.steps)}
         for (run, seed), folder in folder_of.items()])
     results = read_results(out / "results.csv")
@@ -449,7 +451,7 @@ def main(argv=None):
     text = to_markdown(made)
     record = {**common.provenance(args), "jobs": jobs, "runs": len(folder_of),
               "runs_made": len(waiting) - len(failed), "tables": made}
-    common.write_json(out / "results.json", record)
+    files.write_json(out / "results.json", record)
     (out / "tables.md").write_text(
         f"`{record['command']}`: {len(folder_of)} runs, seeds {seeds[0]} to {seeds[-1]}, {jobs} at a time"
         f"{' with one thread each' if on_cpu else ''}, {record['machine']}, torch {record['torch']}\n\n{text}",

@@ -1,7 +1,5 @@
-"""What the scripts of this folder share: flags, groups of sampled responses, and the files that they write."""
+"""What the scripts share that work on a model: flags, groups of sampled responses, and where a result comes from."""
 import argparse
-import csv
-import json
 import math
 import os
 import platform
@@ -17,15 +15,13 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))                                                  # the top-level modules
-
-from rollout import Rollout, generate  # noqa: E402
-from support.data import (EMBEDDED, TINY, encode_prompts, load_function, load_problems, load_reward,  # noqa: E402
-                          step_seed)
-from support.errors import fail  # noqa: E402
-from support.flags import DocFormatter, flag_adder, model_defaults, model_folder  # noqa: E402
-from support.models import choose_device, load_model, load_pretrained  # noqa: E402
+from files import ROOT
+from rollout import Rollout, generate
+from support.data import EMBEDDED, TINY, encode_prompts, load_function, load_problems, load_reward, step_seed
+from support.errors import fail
+from support.flags import flag_adder, model_defaults, model_folder
+from support.help import DocFormatter
+from support.models import choose_device, load_model, load_pretrained
 
 RULES = [f"{os.path.relpath(ROOT / 'experiments' / 'multipliers.py')}:{name}" for name in (
     "lowest_entropy", "highest_entropy", "highest_probability", "lowest_probability", "errors_alone", "states_alone",
@@ -165,29 +161,3 @@ def provenance(args, seconds=None):
             "seed": args.seed, "machine": f"{platform.machine()}, {device}", "torch": torch.__version__,
             "transformers": transformers.__version__,
             **({} if seconds is None else {"seconds": round(seconds, 1)})}
-
-
-def make_folder(path):
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--out {path} cannot be used as a folder: {error}")
-    return Path(path)
-
-
-def write_json(path, record):
-    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def write_csv(path, rows):
-    """Dicts with the same keys; floats with all their digits."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def markdown(header, rows):
-    """A Markdown table; floats must be formatted already. A "|" inside a cell is escaped."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -17,11 +17,11 @@ from itertools import count
 from pathlib import Path
 from statistics import mean, stdev
 
-import common
+import files
 import matplotlib
 from matplotlib import pyplot as plt
 from support.errors import fail, printable
-from support.flags import DocFormatter
+from support.help import DocFormatter
 
 matplotlib.use("Agg")                                                          # files only, no window
 METRICS = {"success_rate": "success rate of sampled responses", "eval_accuracy": "greedy accuracy",
@@ -119,10 +119,10 @@ def main(argv=None):
     curves = average([(group_name(source, config, keys), rows) for source, config, rows in found])
     if not curves:
         fail("none of these runs measured anything yet")
-    out = common.make_folder(args.out)
+    out = files.make_folder(args.out)
     names = ("curves" if n == 1 else f"curves-{n}" for n in count(1))
     path = next(out / name for name in names if not list(out.glob(f"{name}.*")))
-    common.write_csv(path.with_suffix(".csv"), curves)
+    files.write_csv(path.with_suffix(".csv"), curves)
     plot(curves, path.with_suffix(".png"))
     groups = dict.fromkeys(row["group"] for row in curves)
     print(f"{len(found)} runs in {len(groups)} groups ({'; '.join(groups)}): {path}.png, {path}.csv")

@@ -17,9 +17,9 @@ import matplotlib
 from matplotlib import pyplot as plt
 
 import ablations
-import common
+import files
 from support.errors import fail
-from support.flags import DocFormatter
+from support.help import DocFormatter
 
 matplotlib.use("Agg")                                                          # files only, no window
 
@@ -53,7 +53,7 @@ def to_markdown(compared, labels, against):
     header = [f"difference to {labels[against]}, points"]
     for name, rows in compared.items():
         header += [title(name, rows), "p (Holm)"]
-    return common.markdown(header, [
+    return files.markdown(header, [
         [labels[run]] + [text for rows in compared.values()
                          for text in (ablations.interval(rows[run]), ablations.p_text(rows[run]))]
         for run in next(iter(compared.values()))])
@@ -100,7 +100,7 @@ def main(argv=None):
         fail(f"--against and --runs must be runs of the folders, {', '.join(labels)}; got {', '.join(unknown)}")
     if args.against in runs or not runs:
         fail(f"--runs must be other runs than --against {args.against}, got {' '.join(runs) or 'none'}")
-    compared, out = compare_runs(tasks, runs, args.against), common.make_folder(args.out)
+    compared, out = compare_runs(tasks, runs, args.against), files.make_folder(args.out)
     text = (f"`{shlex.join(['python', 'experiments/forest.py', *(argv or sys.argv[1:])])}`\n\n"
             f"{to_markdown(compared, labels, args.against)}\n")
     (out / "forest.md").write_text(text, encoding="utf-8")

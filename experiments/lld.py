@@ -35,6 +35,7 @@ from matplotlib import pyplot as plt
 from tqdm import tqdm
 
 import common
+import files
 from grpo import (group_advantages, grpo_loss, likelihood_change, pos_only, random_selection, response_logprobs,
                   token_weights)
 from nthr import gwhes, nthr_advantages, nthr_eta, nthr_scores, nthr_threshold
@@ -371,7 +372,7 @@ def to_markdown(table):
             return "–" if value is None else str(value)
         return format(value, next((form for start, form in FORMATS.items() if name.startswith(start)), ".1%"))
 
-    return common.markdown(table[0], [[show(*item) for item in row.items()] for row in table])
+    return files.markdown(table[0], [[show(*item) for item in row.items()] for row in table])
 
 
 def plot_bars(rows, methods, title, path):
@@ -440,9 +441,9 @@ def write_report(out, rows, curves, variants, rules, optimizer, lr, heading, sou
         lines += [f"**{title}**", "", to_markdown(table), ""]
     print("\n".join(lines), theory, sep="\n")
     (out / "tables.md").write_text("\n".join([*lines, theory, ""]), encoding="utf-8")
-    common.write_csv(out / "questions.csv", rows)
-    common.write_json(out / "results.json", {**source, "tables": tables, "theory_error": error})
-    common.write_csv(out / "steps.csv", [
+    files.write_csv(out / "questions.csv", rows)
+    files.write_json(out / "results.json", {**source, "tables": tables, "theory_error": error})
+    files.write_csv(out / "steps.csv", [
         {"index": row["index"], "step size": lr, **{f"delta {method}": curve[method][lr] for method in METHODS}}
         for row, curve in zip(rows, curves) for lr in lrs])
     setting = f"{Path(args.model).resolve().name}, one {optimizer} step of size {lr:g}"
@@ -476,7 +477,7 @@ def main(argv=None):
         fail(f"--layer must be 0 (embeddings) to {layers} (after the final norm), got {args.layer}")
     variants = [(layer, normalize) for layer in dict.fromkeys([layers, *args.layer])               # the paper's first
                 for normalize in ((False, True) if args.normalize else (False,))]
-    out = common.make_folder(args.out)
+    out = files.make_folder(args.out)
     groups, sampled, success_rate = common.mixed_groups(model, tokenizer, problems, prompts, args)
     model = common.to_float64(model)
     initial = [parameter.detach().clone() for parameter in model.parameters()]
@@ -490,7 +491,7 @@ def main(argv=None):
                f"{source['machine']}:")
     for optimizer, (lr, _) in steps.items():
         rows, curves = map(list, zip(*(found[optimizer] for found in studies)))
-        folder = common.make_folder(out / optimizer) if len(steps) > 1 else out
+        folder = files.make_folder(out / optimizer) if len(steps) > 1 else out
         write_report(folder, rows, curves, variants, rules, optimizer, lr, heading, source, args)
 
 

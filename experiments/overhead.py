@@ -43,12 +43,14 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, Qwen2Config
 
 import common
+import files
 from grpo import grpo_loss, response_logprobs
 from nthr import nthr_scores, nthr_scores_pairwise
 from rollout import generate, stop_token_ids
 from support import flags
 from support.data import EMBEDDED, TINY, encode_prompt, encode_prompts, load_problems
 from support.errors import fail
+from support.help import DocFormatter
 from support.memory import PHASES
 from support.models import choose_device, load_config, load_model, load_pretrained, precision
 
@@ -216,7 +218,7 @@ def our_steps(args):
     """{method: a measured training step of train.py}, of NTHR and GRPO on one model: one update, no KL, no Δ(x).
 
     train.py is read as the program that it is, because nothing imports it."""
-    program = runpy.run_path(str(common.ROOT / "train.py"))
+    program = runpy.run_path(str(files.ROOT / "train.py"))
     names = ("model", "data", "batch_size", "group_size", "max_new_tokens", "max_sequences", "micro_batch_size",
              "micro_batch_tokens", "seed", "device", "dtype")
     given = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
@@ -569,7 +571,7 @@ BENCHMARKS = {"step": benchmark_step, "sampling": benchmark_sampling, "scores": 
 
 def parse_args(argv=None):
     """Flags -> Namespace; one line for values that cannot work. Makes --out, and the random model of --shape."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.DocFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=DocFormatter)
     parser.add_argument("benchmarks", nargs="*", help="which of them (default: all)")
     add = flags.flag_adder(parser.add_mutually_exclusive_group())
     add("--model", default=str(TINY), help="Hugging Face id or folder (default: the embedded model in tiny/)")
@@ -619,7 +621,7 @@ def parse_args(argv=None):
         args.dtype = "bfloat16" if args.device.startswith("cuda") else "float32"
     args.clock = "wall" if args.device.startswith("cuda") else "cpu"
     torch.set_num_threads(args.threads)
-    common.make_folder(args.out)
+    files.make_folder(args.out)
     if args.shape:
         args.model = make_model(args.shape, args.seed)
     if {"step", "sampling"} & set(args.benchmarks):
@@ -635,7 +637,7 @@ def processor():
 
 def ratio_table(results, busy):
     """Every ratio of every benchmark. busy: whether the machine was, when the program started."""
-    return common.markdown(
+    return files.markdown(
         ["ratio", "median", "95% interval", "pairs", "by wall clock", "goal", "met", "machine"],
         [[r["ratio"], f"{r['median']:.4g}", "{:.4g} – {:.4g}".format(*r["interval"]), len(r["values"]),
           f"{statistics.median(r['wall']):.4g}" if "wall" in r else "", r["goal"],
@@ -655,12 +657,12 @@ def main(argv=None):
         lines = [machine, "", ratio_table(results, busy)]
         for benchmark, result in results.items():
             lines += [f"\n## {benchmark}", *(f"\n{note}" for note in result.get("notes", ())),
-                      *("\n" + common.markdown(*table) for table in result["tables"])]
+                      *("\n" + files.markdown(*table) for table in result["tables"])]
         (Path(args.out) / "tables.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
         sizes = {key: value for key, value in vars(args).items() if key not in ("model", "data", "out", "benchmarks")}
         record = common.provenance(args, time.perf_counter() - start) | {
             "processor": processor(), "cores": cores, "load": load, "busy": busy, "sizes": sizes, "results": results}
-        common.write_json(Path(args.out) / "overhead.json", record)
+        files.write_json(Path(args.out) / "overhead.json", record)
     print("\n".join(lines), f"\nevery measurement: {args.out}/overhead.json")
 
 

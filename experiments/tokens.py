@@ -31,6 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 import common
+import files
 from grpo import group_advantages
 from lld import backward, column, group_inputs, initial_policy, updated_likelihoods
 from nthr import gwhes, nthr_advantages, nthr_eta
@@ -493,7 +494,7 @@ def main(argv=None):
         fail(f"--eta: {error}")
     start = time.perf_counter()
     model, tokenizer, problems, prompts = common.load_model_and_prompts(args)
-    out = common.make_folder(args.out)
+    out = files.make_folder(args.out)
     groups, sampled, _ = common.mixed_groups(model, tokenizer, problems, prompts, args)
     model = common.to_float64(model)
     initial = [parameter.detach().clone() for parameter in model.parameters()] if args.order == "delta" else None
@@ -503,8 +504,8 @@ def main(argv=None):
     summary = summarise(views, sampled)
     source = common.provenance(args, time.perf_counter() - start)
     (out / "tokens.html").write_text(page(views, summary, source, args), encoding="utf-8")
-    common.write_json(out / "tokens.json", {**source, "summary": summary, "groups": [v["numbers"] for v in views]})
-    common.write_csv(out / "tokens.csv", [{**row, "text": json.dumps(row["text"]), "note": plain(row["note"])}
+    files.write_json(out / "tokens.json", {**source, "summary": summary, "groups": [v["numbers"] for v in views]})
+    files.write_csv(out / "tokens.csv", [{**row, "text": json.dumps(row["text"]), "note": plain(row["note"])}
                                           for group in views for row in group["rows"]])
     (out / "tokens.svg").write_text(picture(instructive(views)), encoding="utf-8")
     if args.text:

@@ -4,7 +4,6 @@ import json
 import math
 import shlex
 import sys
-import textwrap
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -15,6 +14,7 @@ from nthr import nthr_eta
 from support.checkpoint import checkpoints, read_progress
 from support.data import BENCHMARKS, EMBEDDED, INSTRUCTION, TABLE_2, TINY, load_function, load_reward
 from support.errors import fail, printable
+from support.help import DocFormatter
 from support.models import choose_device
 
 METHODS = ("nthr", "grpo", "pos-only", "random")
@@ -71,23 +71,6 @@ def model_defaults(model, reward=None):
     if "instruction" not in values or reward not in (None, values["reward"]):
         values["instruction"] = INSTRUCTION if (reward or values["reward"]) == "math" else ""      # it reads the box
     return values
-
-
-class DocFormatter(argparse.HelpFormatter):
-    """A docstring as the description, within the terminal's width: its prose wrapped, its commands below comments."""
-
-    def _fill_text(self, text, width, indent):
-        filled = []
-        for paragraph in text.strip().split("\n\n"):
-            if paragraph.startswith(("python ", "pip ")):
-                lines = []
-                for command, _, comment in (line.partition("  # ") for line in paragraph.splitlines()):
-                    parts = textwrap.wrap(command, width - 6, break_long_words=False, break_on_hyphens=False)
-                    lines += [f"# {comment}"] * bool(comment) + [" \\\n    ".join(parts)]
-                filled.append("\n".join(lines))
-            else:
-                filled.append(textwrap.fill(paragraph, width))
-        return "\n\n".join(filled)
 
 
 def flag_adder(group):
