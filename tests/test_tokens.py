@@ -7,7 +7,9 @@ import io
 import json
 import math
 import re
+import shutil
 import statistics
+import subprocess
 import sys
 from argparse import Namespace
 from html.parser import HTMLParser
@@ -342,6 +344,58 @@ def test_text_has_contrast_on_every_shade_and_shades_grow_apart_in_both_schemes(
                     assert (high + 0.05) / (low + 0.05) >= least, (scheme, sign, shade, name)
             assert shades == sorted(shades, reverse=scheme is light)
             assert max(shades) + 0.05 > 1.9 * (min(shades) + 0.05), (scheme, sign)
+
+
+MEASURE = """<!DOCTYPE html><meta charset="utf-8"><pre id="found"></pre><script>
+const measured = [];
+for (const [width, height] of [[1200, 900], [390, 844]]) {
+    const frame = document.createElement("iframe");
+    frame.width = width; frame.height = height; frame.style.border = 0; frame.srcdoc = PAGE;
+    frame.onload = () => {
+        const page = frame.contentDocument, all = selector => [...page.querySelectorAll(selector)];
+        const style = element => frame.contentWindow.getComputedStyle(element);
+        const first = page.querySelector("section"), stops = all("a, summary");
+        all("details").forEach(table => table.open = true);
+        const sideways = page.documentElement.scrollWidth - page.documentElement.clientWidth;
+        all("details").forEach(table => table.open = false);
+        stops.forEach(stop => stop.focus() || (stop.reached = page.activeElement === stop));
+        measured.push({width, sideways, first: first.getBoundingClientRect().height,
+            end: first.getBoundingClientRect().bottom + frame.contentWindow.scrollY,
+            levels: all("h1, h2, h3").map(heading => +heading.tagName[1]),
+            bold: all("u").every(u => style(u).fontWeight === "700" && style(u).textDecorationLine === "underline"),
+            plain: all(".text span").every(span => style(span).fontWeight === "400"),
+            stops: stops.length, reached: stops.filter(stop => stop.reached).length,
+            dark: frame.contentWindow.matchMedia("(prefers-color-scheme: dark)").matches,
+            background: style(page.body).backgroundColor, color: style(page.body).color});
+        if (measured.length === 2) document.getElementById("found").textContent = JSON.stringify(measured);
+    };
+    document.body.append(frame);
+}
+</script>"""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_browser_shows_a_group_on_a_screen_never_sideways_and_reaches_all_by_keyboard(sums, tmp_path, dark):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not browser:
+        pytest.skip("no Chromium")
+    measure = tmp_path / "measure.html"
+    source = json.dumps(sums[1]).replace("</", "<\\/")
+    measure.write_text(MEASURE.replace("PAGE", source, 1), encoding="utf-8")
+    result = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+         f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--user-data-dir={tmp_path / 'profile'}",
+         "--virtual-time-budget=20000", "--dump-dom", measure.as_uri()], capture_output=True, text=True, timeout=180)
+    shown = json.loads(html.unescape(re.search('<pre id="found">(.*?)</pre>', result.stdout, re.S)[1]))
+    wide, phone = sorted(shown, key=lambda page: -page["width"])
+    for page in (wide, phone):
+        assert page["sideways"] == 0 and page["levels"][:3] == [1, 2, 2] and set(page["levels"][3:]) == {2}
+        assert page["bold"] and page["plain"]                                  # selection is not by colour alone
+        assert page["reached"] == page["stops"] > 10
+        assert page["dark"] is dark and page["background"] == ("rgb(18, 18, 18)" if dark else "rgb(255, 255, 255)")
+        assert page["color"] == ("rgb(238, 238, 238)" if dark else "rgb(17, 17, 17)")
+    assert wide["first"] < 900 and phone["first"] < 844, shown
 
 
 # -------------------------------------------------------------------------------------------------------- the numbers
