@@ -395,7 +395,7 @@ def test_a_browser_shows_a_group_on_a_screen_never_sideways_and_reaches_all_by_k
         assert page["reached"] == page["stops"] > 10
         assert page["dark"] is dark and page["background"] == ("rgb(18, 18, 18)" if dark else "rgb(255, 255, 255)")
         assert page["color"] == ("rgb(238, 238, 238)" if dark else "rgb(17, 17, 17)")
-    assert wide["first"] < 900 and phone["first"] < 844, shown
+    assert wide["end"] < 900 and phone["first"] < 844, shown                   # on a desktop with all above it
 
 
 # -------------------------------------------------------------------------------------------------------- the numbers
