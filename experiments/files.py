@@ -1,4 +1,6 @@
-"""The files that the scripts of this folder write. It imports neither torch nor transformers, which takes seconds."""
+"""The files that the scripts of this folder write. Importing it puts the repository's root on sys.path.
+
+It imports neither torch nor transformers, which takes seconds."""
 import csv
 import json
 import sys

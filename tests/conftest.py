@@ -12,7 +12,7 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all", action="store_true", help="also the tests marked `full`, in 12-20 minutes")
+    parser.addoption("--all", action="store_true", help="also the tests marked `full`, in 15-25 minutes")
 
 
 def pytest_configure(config):

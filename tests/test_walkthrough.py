@@ -2,16 +2,23 @@
 import ast
 import json
 import re
+import sys
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import nthr
 from helpers import ROOT
 from rollout import generate
 from support.data import encode_prompts, load_problems
 from support.models import load_model, load_pretrained
-from transformers import AutoTokenizer
+
+pytest.importorskip("matplotlib")
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import common  # noqa: E402
+import lld  # noqa: E402
 
 NOTEBOOK = ROOT / "examples" / "walkthrough.ipynb"
 NUMBER = r"(-?[0-9.]+)"
@@ -61,10 +68,18 @@ def check_numbers(text):
     assert numbers(rf"τ = {NUMBER}$", text) == pytest.approx([tau], abs=1e-3)
     assert numbers(rf"^η = .* = {NUMBER}$", text) == [round(2 * abs(0.5 - p), 2)]
     assert numbers(rf"^{NUMBER} of the {NUMBER} tokens of wrong", text) == [(scores > tau)[wrong].sum(), wrong.sum()]
-    delta = {name: numbers(rf"^Δ\(x\) with {name} +{NUMBER}$", text)[0] for name in ("GRPO", r"GRPO \+ NTHR")}
-    assert 0 < delta["GRPO"] < delta[r"GRPO \+ NTHR"]
-    [nthr_above, n], [random_above, _] = (numbers(rf"^Δ\(x\) with GRPO \+ {name} is above GRPO's on {NUMBER} of {NUMBER} "
-                                                  "questions$", text) for name in ("NTHR", "Random"))
+    args = common.parse_flags(lld.build_parser(), ["--device", "cpu"])
+    model = common.to_float64(model)
+    initial = [parameter.detach().clone() for parameter in model.parameters()]
+    row, _ = lld.study(model, initial, common.Group(0, problem, gold, rollout, group[3]),
+                       torch.Generator().manual_seed(0), [(3, False)], {}, {"sgd": (1e-3, [1e-3])}, args)["sgd"]
+    for method, name in lld.METHODS.items():
+        shown = numbers(rf"^Δ\(x\) with {re.escape(name)} +{NUMBER}$", text)
+        assert shown == pytest.approx([row[f"delta {method}"]], abs=2e-5), method
+    assert 0 < row["delta grpo"] < row["delta nthr"]
+    above = rf" is above GRPO's on {NUMBER} of {NUMBER} questions$"
+    [nthr_above, n], [random_above, _] = (numbers(rf"^Δ\(x\) with GRPO \+ {name}{above}", text)
+                                          for name in ("NTHR", "Random"))
     assert n == 40 and nthr_above > 30 and 10 < random_above < 30
     accuracies = re.findall(r"^  step (\d+): greedy accuracy ([0-9.]+)% on 200 problems$", text, re.MULTILINE)
     assert [step for step, _ in accuracies] == 2 * ["0", "5", "10", "15", "20"]
@@ -95,7 +110,7 @@ def test_its_equations_are_those_of_the_readme():
 @pytest.mark.full
 def test_it_runs_and_its_numbers_are_those_of_the_modules():
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
-    pytest.importorskip("ipykernel"), pytest.importorskip("matplotlib")
+    pytest.importorskip("ipykernel")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbclient.NotebookClient(notebook, timeout=900, kernel_name="python3",
                             resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
