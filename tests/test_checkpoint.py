@@ -792,7 +792,7 @@ def test_an_error_of_the_script_is_on_stderr_with_exit_code_one(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------ 8. a long run
 
-SOAK = ["--steps", 150, "--batch-size", 8, "--minibatch-size", 4, "--eval-every", 50, "--save-every", 10, "--seed", 0]
+SOAK = ["--steps", 100, "--batch-size", 8, "--minibatch-size", 4, "--eval-every", 50, "--save-every", 10, "--seed", 0]
 
 
 def slope(x, y):

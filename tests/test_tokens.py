@@ -363,7 +363,8 @@ for (const [width, height] of [[1200, 900], [390, 844]]) {
             end: first.getBoundingClientRect().bottom + frame.contentWindow.scrollY,
             levels: all("h1, h2, h3").map(heading => +heading.tagName[1]),
             chosen: chosen.length, others: all(".text span").length,
-            bold: chosen.filter(u => style(u).fontWeight === "700" && style(u).textDecorationLine === "underline").length,
+            bold: chosen.filter(u => style(u).fontWeight === "700"
+                                && style(u).textDecorationLine === "underline").length,
             plain: all(".text span").filter(span => style(span).fontWeight === "400").length,
             stops: stops.length, reached: stops.filter(stop => stop.reached).length,
             dark: frame.contentWindow.matchMedia("(prefers-color-scheme: dark)").matches,
