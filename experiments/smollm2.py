@@ -7,8 +7,8 @@ values of its block of 32. transformers reads it into float32. Who has the Hub c
 HuggingFaceTB/SmolLM2-135M-Instruct to every script instead: those are the weights before that rounding.
 
 The task, train.jsonl and test.jsonl beside the model, is drawn with --seed by `make_problem`: sums and differences of
-two numbers, in words. No question is in both files. The same sum in other words is, for 148 of the 200 of test.jsonl with seed 0. Its reward is
-examples/last_number.py, because the model writes no box.
+two numbers, in words. No question is in both files. The same sum in other words is, for 148 of the 200 test questions
+with seed 0. The reward is examples/last_number.py, because the model writes no box.
 """
 import argparse
 import hashlib
