@@ -89,8 +89,8 @@ def stand_in(tmp_path, monkeypatch):
 
 
 def train_flags(*flags):
-    """The flags of a train.py that is called with these; --out is left to its default."""
-    return parse_train_flags("", [flag for flag in flags if not flag.startswith("--out")])
+    """The flags of a train.py that is called with these, whatever the default --out holds."""
+    return parse_train_flags("", [*(flag for flag in flags if not flag.startswith("--out")), "--out=holds/no/run"])
 
 
 def ablate(*flags):
