@@ -506,7 +506,7 @@ def main(argv=None):
     (out / "tokens.html").write_text(page(views, summary, source, args), encoding="utf-8")
     files.write_json(out / "tokens.json", {**source, "summary": summary, "groups": [v["numbers"] for v in views]})
     files.write_csv(out / "tokens.csv", [{**row, "text": json.dumps(row["text"]), "note": plain(row["note"])}
-                                          for group in views for row in group["rows"]])
+                                         for group in views for row in group["rows"]])
     (out / "tokens.svg").write_text(picture(instructive(views)), encoding="utf-8")
     if args.text:
         print(terminal(views), end="\n\n")
