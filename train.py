@@ -1,6 +1,6 @@
 """Train a causal language model with GRPO + NTHR (Deng et al. 2025, arXiv 2505.18830) on one device.
 
-python train.py                                     # embedded model, CPU, 2-4 minutes: greedy accuracy 54% -> 75%
+python train.py                                     # embedded model, CPU, 2-5 minutes: greedy accuracy 54% -> 75%
 python train.py --method grpo                       # the same without NTHR: an A/B with one flag
 python train.py --model tiny/stack                  # a second embedded model: stack-machine programs
 python train.py --model Qwen/Qwen2.5-0.5B-Instruct  # App. 7.3's 0.5B settings on MATH levels 3-5, one GPU
